@@ -1,0 +1,146 @@
+"""Fine-tune a pretrained encoder with CTC on LibriSpeech or on any manifests, or train one from scratch.
+
+    python train.py hparams/ctc_tiny.yaml --data_folder /corpora/LibriSpeech
+    python train.py hparams/base_100h.yaml --data_folder /corpora/LibriSpeech --pretrained results/w2v2_base/model
+    python train.py hparams/ctc_tiny.yaml --help
+
+The same command again continues the run. ``--preset performance`` times a fixed number of updates, ``--preset eval``
+gives the WER of the output folder's best checkpoint, or of the ``model/`` folder in ``--pretrained``. See README.md.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the script runs from a clone, installed or not
+
+from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
+from toolkit.data.batch import SpeechBatch
+from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
+from toolkit.data.manifest import Manifest, read_manifests
+from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.decoding.ctc import greedy_decode
+from toolkit.decoding.scoring import WordErrors
+from toolkit.errors import run_main
+from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
+from toolkit.models.folder import load_model, read_model_config, save_model_folder
+from toolkit.models.wav2vec2 import Wav2Vec2Encoder
+from toolkit.training.brain import Brain, Objective, Stage
+from toolkit.training.experiment import Experiment, start
+
+
+class ASR(Brain):
+    """Letters (or subwords) from speech by CTC."""
+
+    tokenizer: Tokenizer
+
+    def compute_forward(self, batch: SpeechBatch, stage: Stage) -> CTCOutput:
+        """Log probabilities of each frame's token; masks and dropout only where there is randomness, in training."""
+        return self.modules.model(batch.waveforms, batch.lengths, rng=self.rng, update=self.update)
+
+    def compute_objectives(self, predictions: CTCOutput, batch: SpeechBatch, stage: Stage) -> Objective:
+        """The sum over utterances; in validation and test also word and character errors."""
+        loss, count = ctc_loss(predictions.log_probs, predictions.frame_lengths, batch.tokens, batch.token_lengths)
+        if stage is Stage.TRAIN:
+            return Objective(loss, count)
+        decoded = greedy_decode(predictions.log_probs, predictions.frame_lengths, self.tokenizer.blank_id)
+        hypotheses = [self.tokenizer.decode(tokens) for tokens in decoded]
+        for name, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
+            self.record({"id": name, "reference": reference, "hypothesis": hypothesis})
+        errors = WordErrors()
+        errors.extend(batch.ids, batch.texts, hypotheses)
+        return Objective(loss, count, errors.metrics())
+
+
+def read_splits(experiment: Experiment, splits: Sequence[str], manifests: Mapping[str, Path]) -> Manifest | None:
+    """The utterances of ``splits``; None where there are none."""
+    if not splits:
+        return None
+    paths = [manifests[split] for split in splits]
+    return read_manifests(paths, replacements={"data_root": experiment.hparams["data_folder"]})
+
+
+def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
+    """A fresh head on an encoder: a pretrained one of its folder's sizes, or a fresh one of the YAML's."""
+    hparams = experiment.hparams
+    training = hparams["encoder_training"]
+    if hparams["pretrained"] is None:
+        encoder = Wav2Vec2Encoder(**hparams["encoder_sizes"], **training)
+    else:
+        encoder = Wav2Vec2Encoder.from_folder(hparams["pretrained"], **training)
+        experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {hparams['pretrained']}")
+    return CTCModel(
+        encoder,
+        tokenizer.vocab_size,
+        final_dropout=hparams["final_dropout"],
+        freeze_updates=hparams["freeze_updates"],
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepare, train, test, write model/, transcripts and summary.json."""
+    with start(argv, script=__file__) as experiment:
+        hparams = experiment.hparams
+        train_splits, valid_splits, test_splits = (hparams[f"{part}_splits"] for part in ("train", "valid", "test"))
+        manifests = experiment.prepare(
+            librispeech_manifests,
+            [*train_splits, *valid_splits, *test_splits],
+            data_folder=hparams["data_folder"],
+            manifest_folder=hparams["manifest_folder"],
+            subset_lists=hparams["subset_lists"],
+            seed=hparams["seed"],
+            say=experiment.say,
+        )
+        train = read_splits(experiment, train_splits, manifests)
+        train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
+        experiment.say(f"training: {report}")
+        sample_rate, normalize = hparams["sample_rate"], hparams["normalize"]
+        config = None if hparams["pretrained"] is None else read_model_config(hparams["pretrained"])
+        if config is not None:
+            sample_rate, normalize = config.sample_rate, config.normalize
+        if config is not None and config.kind == "ctc" and experiment.options.test_only:
+            tokenizer, model = load_tokenizer(hparams["pretrained"]), load_model(hparams["pretrained"])
+        else:
+            tokenizer = hparams["tokenizer"](train.column("wrd"))
+            model = make_model(experiment, tokenizer)
+        experiment.say(f"{tokenizer.vocab_size} tokens")
+
+        def dataset(manifest: Manifest) -> DynamicItemDataset:
+            items = [*speech_items(sample_rate, normalize), *text_items(tokenizer)]
+            return DynamicItemDataset(manifest, items, ["id", "waveform", "tokens", "text"])
+
+        def eval_loader(splits: Sequence[str]):
+            manifest = read_splits(experiment, splits, manifests)
+            return manifest and experiment.eval_loader(dataset(manifest), batch_seconds=hparams["batch_seconds"])
+
+        brain = experiment.brain(
+            ASR,
+            modules={"model": model},
+            opt_class=hparams["opt_class"],
+            schedule=hparams["schedule"],
+            best_metric="wer",
+        )
+        brain.tokenizer = tokenizer
+        brain.fit(
+            experiment.train_loader(
+                dataset(train),
+                batch_seconds=hparams["batch_seconds"],
+                effective_batch=hparams["effective_batch"],
+                mode="pad",
+                num_buckets=hparams["num_buckets"],
+                sample_rate=sample_rate,
+            ),
+            eval_loader(valid_splits),
+        )
+        experiment.finish(
+            brain,
+            tests={split: eval_loader([split]) for split in test_splits},
+            save_model=lambda folder: save_model_folder(
+                folder, model, kind="ctc", sample_rate=sample_rate, normalize=normalize, tokenizer=tokenizer
+            ),
+            evaluate=hparams["evaluate"],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,107 @@
+"""Pretrain wav2vec 2.0 on your own recordings: copy this folder and change what you like.
+
+    python train.py train.yaml --train_manifest my_recordings.csv --output_folder my_pretraining
+    python train.py train.yaml --help
+
+The same command again continues the run. See README.md.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from a clone, installed or not
+
+from toolkit.data.batch import SpeechBatch
+from toolkit.data.dataset import DynamicItemDataset, speech_items
+from toolkit.data.manifest import Manifest, read_manifests
+from toolkit.errors import run_main
+from toolkit.models.folder import save_model_folder
+from toolkit.models.pretrainer import Pretrainer
+from toolkit.models.wav2vec2 import PretrainingOutput
+from toolkit.seeds import Randomness
+from toolkit.training.brain import Brain, Objective, Stage
+from toolkit.training.experiment import Experiment, start
+
+
+class Pretraining(Brain):
+    """Predict the quantized features of masked frames."""
+
+    def compute_forward(self, batch: SpeechBatch, stage: Stage) -> PretrainingOutput:
+        """Masks, negatives and noise differ in every update, and stay the same in every validation."""
+        if stage is Stage.TRAIN:  # crops fill the batch: there is no padding to speak of
+            return self.modules.model(batch.waveforms, rng=self.rng, update=self.update)
+        return self.modules.model(batch.waveforms, batch.lengths, rng=self.eval_rng(), update=self.update)
+
+    def compute_objectives(self, predictions: PretrainingOutput, batch: SpeechBatch, stage: Stage) -> Objective:
+        """The sum over the masked frames, so that an update's gradient is the mean over all of its masked frames."""
+        return Objective(predictions.loss_sum, predictions.num_masked, predictions.metrics())
+
+
+def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | None]:
+    """The manifests for training, validation and test; validation is held out of training where there is none."""
+    hparams = experiment.hparams
+    replacements = {"data_root": hparams["data_folder"]} if hparams["data_folder"] else None
+
+    def read(part: str) -> Manifest | None:
+        paths = [path for path in hparams[f"{part}_splits"] if path is not None]
+        return read_manifests(paths, replacements=replacements) if paths else None
+
+    train, valid, test = (read(part) for part in ("train", "valid", "test"))
+    if valid is None:
+        order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
+        held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
+        valid, train = train.select(np.sort(order[:held])), train.select(np.sort(order[held:]))
+    train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
+    experiment.say(f"training: {report}; validation: {len(valid):,} utterances")
+    return train, valid, test
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, train, evaluate, write model/ and summary.json."""
+    with start(argv, script=__file__) as experiment:
+        hparams = experiment.hparams
+        items = speech_items(hparams["sample_rate"], hparams["normalize"])
+        train, valid, test = (
+            part and DynamicItemDataset(part, items, ["id", "waveform"]) for part in read_parts(experiment)
+        )
+        model = hparams["model"]
+        for part in Pretrainer({"model": model}, {"model": hparams["pretrained"]}).load():
+            experiment.say(str(part))
+        batch_seconds = hparams["batch_seconds"]
+        brain = experiment.brain(
+            Pretraining,
+            modules={"model": model},
+            opt_class=hparams["opt_class"],
+            schedule=hparams["schedule"],
+            best_metric="loss",
+        )
+        brain.fit(
+            experiment.train_loader(
+                train,
+                batch_seconds=batch_seconds,
+                effective_batch=hparams["effective_batch"],
+                mode="crop",
+                max_seconds=hparams["crop_seconds"],
+                num_buckets=hparams["num_buckets"],
+            ),
+            experiment.eval_loader(valid, batch_seconds=batch_seconds),
+        )
+        experiment.finish(
+            brain,
+            tests={"test": experiment.eval_loader(test, batch_seconds=batch_seconds)} if test else {},
+            save_model=lambda folder: save_model_folder(
+                folder,
+                model,
+                kind="wav2vec2_pretraining",
+                sample_rate=hparams["sample_rate"],
+                normalize=hparams["normalize"],
+            ),
+            evaluate="last",  # a long pretraining is used as it ends: the lowest loss is no sign of the best features
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

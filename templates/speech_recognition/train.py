@@ -1,0 +1,141 @@
+"""Train a speech recognizer on your own recordings: copy this folder and change what you like.
+
+    python train.py train.yaml --train_manifest my_train.csv --test_manifest my_test.csv --output_folder my_run
+    python train.py train.yaml --help
+
+The same command again continues the run. See README.md.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from a clone, installed or not
+
+from toolkit.data.batch import SpeechBatch
+from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
+from toolkit.data.manifest import Manifest, read_manifests
+from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.decoding.ctc import greedy_decode
+from toolkit.decoding.scoring import WordErrors
+from toolkit.errors import run_main
+from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
+from toolkit.models.folder import load_model, read_model_config, save_model_folder
+from toolkit.models.wav2vec2 import Wav2Vec2Encoder
+from toolkit.seeds import Randomness
+from toolkit.training.brain import Brain, Objective, Stage
+from toolkit.training.experiment import Experiment, start
+
+
+class Recognizer(Brain):
+    """Letters (or subwords) from speech by CTC."""
+
+    tokenizer: Tokenizer
+
+    def compute_forward(self, batch: SpeechBatch, stage: Stage) -> CTCOutput:
+        """Log probabilities of each frame's token; masks and dropout only where there is randomness, in training."""
+        return self.modules.model(batch.waveforms, batch.lengths, rng=self.rng, update=self.update)
+
+    def compute_objectives(self, predictions: CTCOutput, batch: SpeechBatch, stage: Stage) -> Objective:
+        """The sum over utterances; in validation and test also word and character errors."""
+        loss, count = ctc_loss(predictions.log_probs, predictions.frame_lengths, batch.tokens, batch.token_lengths)
+        if stage is Stage.TRAIN:
+            return Objective(loss, count)
+        decoded = greedy_decode(predictions.log_probs, predictions.frame_lengths, self.tokenizer.blank_id)
+        hypotheses = [self.tokenizer.decode(tokens) for tokens in decoded]
+        for name, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
+            self.record({"id": name, "reference": reference, "hypothesis": hypothesis})
+        errors = WordErrors()
+        errors.extend(batch.ids, batch.texts, hypotheses)
+        return Objective(loss, count, errors.metrics())
+
+
+def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | None]:
+    """The manifests for training, validation and test; validation is held out of training where there is none."""
+    hparams = experiment.hparams
+    replacements = {"data_root": hparams["data_folder"]} if hparams["data_folder"] else None
+
+    def read(part: str) -> Manifest | None:
+        paths = [path for path in hparams[f"{part}_splits"] if path is not None]
+        return read_manifests(paths, replacements=replacements) if paths else None
+
+    train, valid, test = (read(part) for part in ("train", "valid", "test"))
+    if valid is None:
+        order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
+        held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
+        valid, train = train.select(np.sort(order[:held])), train.select(np.sort(order[held:]))
+    train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
+    experiment.say(f"training: {report}; validation: {len(valid):,} utterances")
+    return train, valid, test
+
+
+def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
+    """A fresh head on an encoder: a pretrained one of its folder's sizes, or a fresh one of the YAML's."""
+    hparams = experiment.hparams
+    training = hparams["encoder_training"]
+    if hparams["pretrained"] is None:
+        encoder = Wav2Vec2Encoder(**hparams["encoder_sizes"], **training)
+    else:
+        encoder = Wav2Vec2Encoder.from_folder(hparams["pretrained"], **training)
+    return CTCModel(
+        encoder,
+        tokenizer.vocab_size,
+        final_dropout=hparams["final_dropout"],
+        freeze_updates=hparams["freeze_updates"],
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, train, test, write model/, transcripts and summary.json."""
+    with start(argv, script=__file__) as experiment:
+        hparams = experiment.hparams
+        train, valid, test = read_parts(experiment)
+        sample_rate, normalize = hparams["sample_rate"], hparams["normalize"]
+        config = None if hparams["pretrained"] is None else read_model_config(hparams["pretrained"])
+        if config is not None:
+            sample_rate, normalize = config.sample_rate, config.normalize
+        if config is not None and config.kind == "ctc" and experiment.options.test_only:
+            tokenizer, model = load_tokenizer(hparams["pretrained"]), load_model(hparams["pretrained"])
+        else:
+            tokenizer = hparams["tokenizer"](train.column("wrd"))
+            model = make_model(experiment, tokenizer)
+        experiment.say(f"{tokenizer.vocab_size} tokens")
+        items = [*speech_items(sample_rate, normalize), *text_items(tokenizer)]
+        train, valid, test = (
+            part and DynamicItemDataset(part, items, ["id", "waveform", "tokens", "text"])
+            for part in (train, valid, test)
+        )
+        batch_seconds = hparams["batch_seconds"]
+        brain = experiment.brain(
+            Recognizer,
+            modules={"model": model},
+            opt_class=hparams["opt_class"],
+            schedule=hparams["schedule"],
+            best_metric="wer",
+        )
+        brain.tokenizer = tokenizer
+        brain.fit(
+            experiment.train_loader(
+                train,
+                batch_seconds=batch_seconds,
+                effective_batch=hparams["effective_batch"],
+                mode="pad",
+                num_buckets=hparams["num_buckets"],
+                sample_rate=sample_rate,
+            ),
+            experiment.eval_loader(valid, batch_seconds=batch_seconds),
+        )
+        experiment.finish(
+            brain,
+            tests={"test": experiment.eval_loader(test, batch_seconds=batch_seconds)} if test else {},
+            save_model=lambda folder: save_model_folder(
+                folder, model, kind="ctc", sample_rate=sample_rate, normalize=normalize, tokenizer=tokenizer
+            ),
+            evaluate=hparams["evaluate"],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

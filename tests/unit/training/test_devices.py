@@ -1,0 +1,188 @@
+"""The device table and the settings of a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from toolkit.errors import DeviceError
+from toolkit.training import devices
+from toolkit.training.devices import DEVICE_KINDS, device_count, device_kind, device_table, resolve_device
+from toolkit.training.options import RunOptions
+
+ABSENT = [kind.name for kind in DEVICE_KINDS if not device_count(kind)[0]]
+
+
+def in_fresh_process(code: str) -> dict:
+    """Settings of a process cannot be taken back, so they are tried in another one; it prints JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_rows_are_complete():
+    assert [kind.name for kind in DEVICE_KINDS] == ["cpu", "cuda", "npu", "hpu", "xpu", "mps"]
+    for kind in DEVICE_KINDS:
+        assert "fp32" in kind.precisions and set(kind.scaled) <= {"fp16"} and kind.install and kind.backend
+
+
+def test_cpu_device():
+    device = resolve_device("cpu", local_rank=3)
+    assert (device.type, device.backend, device.torch_device) == ("cpu", "gloo", torch.device("cpu"))
+    assert device.name.startswith("cpu (")
+    device.synchronize()
+    device.mark_step()
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_absent_devices_say_what_is_here_and_what_to_install(name):
+    with pytest.raises(DeviceError) as caught:
+        resolve_device(name)
+    words = str(caught.value)
+    assert words.startswith(f"--device {name}: there is none here, because ")
+    assert "here are: cpu" in words and f"{name} needs " in words and "\n" not in words
+
+
+def test_npu_advice_names_the_version_that_fits():
+    release = torch.__version__.split("+")[0]
+    assert f'"torch-npu=={release}.*"' in devices.install_words(device_kind("npu"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("gpu", "--device 'gpu' is no device known here; choose auto or one of cpu, cuda, npu, hpu, xpu, mps."),
+        ("cpu:x", "--device 'cpu:x' ends in no number; write cpu or cpu:0."),
+    ],
+)
+def test_unknown_devices(wanted, words):
+    with pytest.raises(DeviceError) as caught:
+        resolve_device(wanted)
+    assert str(caught.value) == words
+
+
+def test_auto_takes_the_accelerator_or_the_cpu():
+    expected = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    assert resolve_device("auto").type == expected
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch):
+    device = resolve_device("cpu")
+    for known, expected in (
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "avx512_f": True}, "fp32"),
+        ({}, "fp32"),
+    ):
+        monkeypatch.setattr(devices, "cpu_capabilities", lambda known=known: known)
+        assert device.resolve_precision("auto") == expected
+        assert device.resolve_precision("bf16") == "bf16"
+
+
+def test_precisions_that_are_not_to_be_had():
+    with pytest.raises(DeviceError, match=r"--precision fp16 is not to be had on cpu .*; choose one of fp32, bf16\."):
+        resolve_device("cpu").resolve_precision("fp16")
+    with pytest.raises(DeviceError, match="--precision 'fp8' is unknown; choose auto, fp32, bf16, fp16"):
+        resolve_device("cpu").resolve_precision("fp8")
+    import dataclasses
+
+    old = dataclasses.replace(device_kind("cuda"), has_bf16=lambda: False)
+    device = devices.Device(old, torch.device("cuda", 0))
+    assert device.resolve_precision("auto") == "fp32"
+    assert device.resolve_precision("fp16") == "fp16" and device.needs_scaler("fp16")
+    if not torch.cuda.is_available():
+        return  # the sentence asks the driver for the device's name
+    with pytest.raises(DeviceError, match="--precision bf16 is not supported by cuda:0"):
+        device.resolve_precision("bf16")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_is_the_switch(precision, dtype):
+    with resolve_device("cpu").autocast(precision):
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_peak_memory_sees_a_large_tensor():
+    result = in_fresh_process(
+        "import json, torch\n"
+        "from toolkit.training.devices import resolve_device\n"
+        "device = resolve_device('cpu'); before = device.peak_memory_bytes()\n"
+        "x = torch.ones(64 * 2**20); peak = device.peak_memory_bytes(); del x\n"
+        "device.reset_peak_memory()\n"
+        "print(json.dumps([before, peak, device.peak_memory_bytes()]))"
+    )
+    before, peak, after = result
+    assert peak - before > 200 * 2**20
+    if sys.platform.startswith("linux"):
+        assert after < peak
+
+
+PREPARE = """
+import json, resource, torch
+from toolkit.training.devices import prepare_process, product_error, resolve_device
+from toolkit.training.options import RunOptions
+said = prepare_process(resolve_device("cpu"), RunOptions(**{options}))
+torch.ones(16 * 2**20).mul(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(16 * 2**20)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+switch = torch.backends.mkldnn.matmul.fp32_precision
+print(json.dumps(dict(said=said, faults=faults, switch=switch, error=product_error(), threads=torch.get_num_threads())))
+"""
+
+
+def test_settings_of_the_process_are_made_and_told():
+    result = in_fresh_process(PREPARE.replace("{options}", "dict(threads=1)"))
+    assert result["threads"] == 1 and result["said"][0] == "Threads: 1 for products on the CPU, as asked."
+    assert [words.split(":")[0] for words in result["said"]] == ["Threads", "Allocator", "Products"]
+    assert all(words.endswith(".") for words in result["said"])
+    assert result["error"] < devices.LARGEST_PRODUCT_ERROR
+    if "glibc mallopt" in result["said"][1]:
+        # Four tensors of 64 MiB, 16,384 pages each: kept memory is faulted in once at most.
+        assert result["faults"] < 20_000
+    if devices.cpu_capabilities().get("amx_tile") is False:
+        assert result["switch"] == "bf16" and "checked against float64" in result["said"][2]
+
+
+def test_settings_can_be_left_off():
+    result = in_fresh_process(PREPARE.replace("{options}", "dict(fast_allocator=False, fast_products=False)"))
+    assert result["said"] == ["Allocator: left as it is, as asked.", "Products: left as they are, as asked."]
+    assert result["switch"] != "bf16"
+    if devices.platform.libc_ver()[0] == "glibc":
+        assert result["faults"] > 60_000
+
+
+@pytest.mark.parametrize("known", [{}, {"amx_tile": True}])
+def test_products_are_left_alone_where_they_would_round(monkeypatch, known):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(devices, "cpu_capabilities", lambda: known)
+    assert devices._exact_fast_products().startswith("Products: left to torch's own choice (oneDNN's switch would")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_products_that_fail_the_check_are_taken_back(monkeypatch):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(devices, "cpu_capabilities", lambda: {"amx_tile": False})
+    monkeypatch.setattr(devices, "product_error", lambda: 2e-3)
+    assert devices._exact_fast_products() == (
+        "Products: left to torch's own choice (oneDNN's float32 product was off by 2.0e-03)."
+    )
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_slow_bf16_is_told(monkeypatch):
+    monkeypatch.setattr(devices, "cpu_capabilities", lambda: {})
+    options = RunOptions(precision="bf16", fast_allocator=False, fast_products=False)
+    assert "no bf16 products" in devices.prepare_process(resolve_device("cpu"), options)[-1]
+
+
+def test_the_table_has_a_line_for_each_kind():
+    lines = device_table().splitlines()
+    assert [line.split()[0] for line in lines[1:7]] == [kind.name for kind in DEVICE_KINDS]
+    assert lines[-1].startswith("auto means ")

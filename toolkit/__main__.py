@@ -1,0 +1,193 @@
+"""The toolkit's own command: ``python -m toolkit devices | inspect PATH | curves RUN ... | recipes``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from toolkit import curves
+from toolkit.data.manifest import read_manifest
+from toolkit.errors import CheckpointError, ConfigError, run_main
+from toolkit.models.folder import read_model_config
+from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.checkpoint_format import CHECKSUMS_NAME, problem_of, read_state
+from toolkit.training.devices import device_table
+from toolkit.training.hparams import help_text
+
+MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
+
+
+def show_devices(arguments: argparse.Namespace) -> int:
+    """Print the device table: what is here, what each kind needs."""
+    print(device_table())
+    return 0
+
+
+def show_path(arguments: argparse.Namespace) -> int:
+    """Print what a model folder, a checkpoint, a run's output folder, a manifest, a YAML or a tensor file is."""
+    path = Path(arguments.path)
+    if not path.exists():
+        raise ConfigError(f"there is no {path}; check the path.")
+    for fits, describe in DESCRIPTIONS:
+        if fits(path):
+            print("\n".join(describe(path)))
+            return 0
+    raise ConfigError(
+        f"{path} is none of these: a model folder, a checkpoint, the output folder of a run, a manifest "
+        f"({', '.join(MANIFEST_SUFFIXES)}), a recipe's YAML or a .safetensors file."
+    )
+
+
+def show_recipes(arguments: argparse.Namespace) -> int:
+    """Print the recipes and templates beside the package, with the command that starts each."""
+    root = Path(__file__).resolve().parent.parent
+    lines: list[str] = []
+    for script in sorted([*root.glob("recipes/**/train.py"), *root.glob("templates/*/train.py")]):
+        lines.append(str(script.parent.relative_to(root)))
+        for file in sorted([*script.parent.glob("hparams/*.yaml"), *script.parent.glob("*.yaml")]):
+            lines.append(f"  python {script.relative_to(root)} {file.relative_to(root)}")
+            lines.append(f"      {_first_comment(file)}")
+    if not lines:
+        raise ConfigError(f"there are no recipes beside the package ({root}); work in a clone of the repository.")
+    print("\n".join([*lines, "", "`--help` behind a command prints its keys."]))
+    return 0
+
+
+def _first_comment(file: Path) -> str:
+    comments = (line.lstrip("# ").strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    return next((comment for comment in comments if comment), "")
+
+
+# -------------------------------------------------------------------- what `inspect` says of each kind
+
+
+def _describe_model(path: Path) -> list[str]:
+    config = read_model_config(path)
+    lines = [
+        f"{path}: a model of kind {config.kind}",
+        f"  waveforms  {config.sample_rate} Hz, {'normalized' if config.normalize else 'as they are'}",
+        f"  tokens     {json.dumps(config.tokens, ensure_ascii=False) if config.tokens else 'none'}",
+        f"  settings   {json.dumps(config.architecture, ensure_ascii=False)}",
+    ]
+    return [*lines, *_tensor_lines(path / "model.safetensors")]
+
+
+def _describe_checkpoint(path: Path) -> list[str]:
+    problem = problem_of(path, thorough=True)
+    if problem is not None:
+        raise CheckpointError(f"the checkpoint {path} is not valid: {problem}.")
+    state = read_state(path)
+    written = datetime.fromtimestamp(float(state.get("time", 0))).isoformat(sep=" ", timespec="seconds")
+    lines = [
+        f"{path}: a checkpoint after {state['update']} updates, written {written}, all checksums right",
+        f"  metrics    {json.dumps(state.get('metrics', {}))}",
+        f"  state      {json.dumps(state.get('state', {}), ensure_ascii=False)[:400]}",
+        f"  manifests  {', '.join(state.get('manifests', {})) or 'none'}",
+    ]
+    for file in sorted(path.glob("*.safetensors")):
+        lines += _tensor_lines(file)
+    return lines
+
+
+def _describe_run(path: Path) -> list[str]:
+    lines = [f"{path}: the output folder of a run"]
+    infos = Checkpointer(path / "save", log=lambda sentence: lines.append(f"  {sentence}")).list()
+    for info in infos:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items())
+        lines.append(f"  checkpoint {info.path.name}  {metrics}")
+    if (path / "model" / "config.json").is_file():
+        lines.append(f"  model      {path / 'model'} ({read_model_config(path / 'model').kind})")
+    if (path / "summary.json").is_file():
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        lines += [f"  {name:10} {json.dumps(value, ensure_ascii=False)}" for name, value in summary.items()]
+    return lines
+
+
+def _describe_manifest(path: Path) -> list[str]:
+    manifest = read_manifest(path)
+    durations = manifest.durations
+    lines = [
+        f"{path}: a manifest of {len(manifest)} utterances, {manifest.hours:.2f} hours",
+        f"  duration   {durations.min():.2f} to {durations.max():.2f} s, mean {durations.mean():.2f} s",
+        f"  columns    {', '.join(manifest.columns)}",
+        f"  first row  {json.dumps(manifest.row(0), ensure_ascii=False, default=str)}",
+        f"  identity   {manifest.fingerprint()}",
+    ]
+    return lines
+
+
+def _describe_tensors(path: Path) -> list[str]:
+    return [f"{path}: tensors", *_tensor_lines(path, shown=40)]
+
+
+def _tensor_lines(path: Path, *, shown: int = 0) -> list[str]:
+    """How many tensors and values a file holds, and the first ``shown`` of them."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    values = sum(math.prod(shape) for shape, _ in shapes.values())
+    lines = [f"  {path.name}: {len(shapes)} tensors, {values:,} values, {path.stat().st_size / 2**20:.1f} MiB"]
+    lines += [f"    {name}  {shape} {kind}" for name, (shape, kind) in list(shapes.items())[:shown]]
+    return lines + ([f"    ... and {len(shapes) - shown} more"] if 0 < shown < len(shapes) else [])
+
+
+def _describe_yaml(path: Path) -> list[str]:
+    return [help_text(path).rstrip()]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("summary.json", "metrics.jsonl", "save", "hyperparams.yaml"))
+
+
+DESCRIPTIONS: tuple[tuple[Callable[[Path], bool], Callable[[Path], list[str]]], ...] = (
+    (lambda path: (path / CHECKSUMS_NAME).is_file() or path.name.startswith("step_"), _describe_checkpoint),
+    (lambda path: (path / "config.json").is_file(), _describe_model),
+    (lambda path: path.is_dir() and _is_run(path), _describe_run),
+    (lambda path: path.suffix == ".safetensors", _describe_tensors),
+    (lambda path: path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES, _describe_manifest),
+    (lambda path: path.is_file() and path.suffix in (".yaml", ".yml"), _describe_yaml),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage as one sentence, like every other error."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m toolkit``."""
+    parser = _Parser(prog="python -m toolkit", description="Look at devices, files and runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    devices = commands.add_parser("devices", help="which devices are here, and what the others need")
+    devices.set_defaults(run=show_devices)
+    inspect = commands.add_parser("inspect", help="what a model folder, checkpoint, run, manifest or YAML is")
+    inspect.add_argument("path")
+    inspect.set_defaults(run=show_path)
+    drawing = commands.add_parser("curves", help="draw a run's metrics.jsonl as a picture and a table")
+    curves.add_arguments(drawing)
+    drawing.set_defaults(run=curves.run_command)
+    recipes = commands.add_parser("recipes", help="the recipes and templates, with their commands")
+    recipes.set_defaults(run=show_recipes)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one subcommand; returns the exit code."""
+    arguments = build_parser().parse_args(list(argv))
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

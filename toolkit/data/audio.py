@@ -1,0 +1,231 @@
+"""Read audio: whole files or parts of them, any rate and number of channels, plain files or entries of a stored zip.
+
+Everything comes out as mono float32 at the rate asked for. libsndfile (through soundfile) decodes WAV, FLAC, Ogg
+Vorbis, Opus, MP3 and more; soxr changes the rate.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from dataclasses import dataclass
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+from toolkit.errors import AudioError
+
+__all__ = ["AudioFile", "AudioInfo", "audio_info", "normalize_waveform", "read_audio"]
+
+RESAMPLING_MARGIN = 0.1
+"""Seconds read on both sides of a part that is resampled: soxr's filter is shorter at any speech rate."""
+
+LONGEST = 1 << 40
+"""Frames beyond which a header is taken for nonsense (libsndfile reports broken streams as endless)."""
+
+NORMALIZATION_EPS = 1e-5
+"""fairseq normalizes a waveform with torch's layer_norm and its default eps."""
+
+NO_SEEK = ("MP3", "MPEG")
+"""Formats always read from the beginning: after a seek the MP3 decoder lacks earlier bits and says so on stderr."""
+
+_ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d+):(?P<length>\d+)", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of an audio file says.
+
+    Arguments
+    ---------
+    sample_rate : Hz.
+    num_samples : samples per channel at that rate.
+    channels : number of channels.
+    """
+
+    sample_rate: int
+    num_samples: int
+    channels: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_samples / self.sample_rate
+
+    def num_samples_at(self, sample_rate: int) -> int:
+        """Samples after resampling to ``sample_rate``, as soxr gives them."""
+        if sample_rate == self.sample_rate:
+            return self.num_samples
+        return math.floor(self.num_samples * sample_rate / self.sample_rate + 0.5)
+
+
+class AudioFile:
+    """An open audio file, to read several parts of, or to look at the length before deciding which.
+
+    Arguments
+    ---------
+    path : a file, or fairseq's ``archive.zip:OFFSET:LENGTH``, an uncompressed entry of a zip by its bytes.
+
+    Raises
+    ------
+    AudioError, naming the file, if it is missing, cannot be read, is no audio, or holds no samples.
+
+    Example
+    -------
+    >>> import soundfile, tempfile
+    >>> path = tempfile.mkdtemp() + "/tone.wav"
+    >>> soundfile.write(path, [[0.5, 0.25]] * 8000, 8000)
+    >>> with AudioFile(path) as audio:
+    ...     audio.info, audio.read(sample_rate=8000, start=10, num_samples=3).tolist()
+    (AudioInfo(sample_rate=8000, num_samples=8000, channels=2), [0.375, 0.375, 0.375])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        try:
+            self._file = soundfile.SoundFile(_source(self.path))
+        except (RuntimeError, TypeError, OSError) as error:
+            raise AudioError(_why_not_opened(self.path)) from error
+        self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
+        if self.info.num_samples == 0:
+            self.close()
+            raise AudioError(f"{self.path} holds no samples; remove it from the manifest or record it again.")
+        if not 0 < self.info.num_samples < LONGEST or self.info.sample_rate <= 0:
+            self.close()
+            raise AudioError(f"{self.path} has a broken header; copy or encode the file again.")
+
+    def __enter__(self) -> AudioFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, *, sample_rate: int | None = None, start: int = 0, num_samples: int | None = None) -> np.ndarray:
+        """Decode a part: mean over the channels, resampled to ``sample_rate``.
+
+        Arguments
+        ---------
+        sample_rate : Hz; None = the file's own.
+        start : first sample wanted, counted at ``sample_rate``.
+        num_samples : how many, at ``sample_rate``; None = to the end. At the end of the file there may be fewer.
+
+        Returns
+        -------
+        (samples,) float32. A resampled part equals the same part of the whole resampled file to about 1e-6.
+
+        Raises
+        ------
+        AudioError if the file ends early or is corrupt, ``start`` lies beyond its end, or a sample is not finite.
+        """
+        rate = self.info.sample_rate if sample_rate is None else int(sample_rate)
+        total = self.info.num_samples_at(rate)
+        end = total if num_samples is None else min(total, start + num_samples)
+        if not 0 <= start < max(1, total):
+            raise AudioError(
+                f"{self.path} has {total} samples at {rate} Hz, but a part from sample {start} on is wanted."
+            )
+        if rate == self.info.sample_rate:
+            return self._decode(start, end)
+        step = math.gcd(rate, self.info.sample_rate)
+        unit_in, unit_out = self.info.sample_rate // step, rate // step
+        # A start that is a whole number of units keeps the two sample grids in step.
+        first = max(0, start // unit_out - math.ceil(RESAMPLING_MARGIN * step))
+        last = math.ceil(end / unit_out) + math.ceil(RESAMPLING_MARGIN * step)
+        piece = self._decode(first * unit_in, min(self.info.num_samples, last * unit_in))
+        resampled = soxr.resample(piece, self.info.sample_rate, rate)
+        return np.ascontiguousarray(resampled[start - first * unit_out : end - first * unit_out])
+
+    def _decode(self, start: int, end: int) -> np.ndarray:
+        """Samples ``start`` to ``end`` at the file's own rate, as mono float32."""
+        try:
+            first = 0 if self._file.format in NO_SEEK else start
+            if first != self._file.tell():
+                self._file.seek(first)
+            samples = self._file.read(end - first, dtype="float32")[start - first :]
+        except RuntimeError as error:
+            raise AudioError(
+                f"{self.path} is truncated or corrupt: it opens, but cannot be decoded from sample {start} to {end} of "
+                f"{self.info.num_samples}; copy or download the file again."
+            ) from error
+        if len(samples) < end - start:
+            raise AudioError(
+                f"{self.path} is truncated or corrupt: it ends after sample {start + len(samples)} where its header "
+                f"says {self.info.num_samples}; copy or download the file again."
+            )
+        if samples.ndim == 2:
+            samples = samples.mean(axis=1, dtype=np.float32)
+        # Only files of floating point numbers can hold something else than numbers.
+        if self._file.subtype in ("FLOAT", "DOUBLE") and not np.isfinite(samples).all():
+            raise AudioError(f"{self.path} holds samples that are not finite numbers; write the file again.")
+        return samples
+
+
+def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
+    """Rate, samples and channels of a file (or zip entry) from its header; raises AudioError as :class:`AudioFile`."""
+    with AudioFile(path) as audio:
+        return audio.info
+
+
+def read_audio(
+    path: str | os.PathLike[str], *, sample_rate: int | None = None, start: int = 0, num_samples: int | None = None
+) -> np.ndarray:
+    """Read a file, or a part of it, as mono float32 at ``sample_rate``: see :meth:`AudioFile.read`.
+
+    Returns (samples,) float32; raises AudioError in one sentence with the file's name.
+    """
+    with AudioFile(path) as audio:
+        return audio.read(sample_rate=sample_rate, start=start, num_samples=num_samples)
+
+
+def normalize_waveform(waveform: np.ndarray) -> np.ndarray:
+    """Zero mean and unit (population) variance over a whole utterance, eps 1e-5, as fairseq's ``normalize: true``.
+
+    Arguments
+    ---------
+    waveform : (samples,) float32.
+
+    Returns
+    -------
+    (samples,) float32. Digital silence stays silence.
+    """
+    centered = waveform - waveform.mean(dtype=np.float64).astype(np.float32)
+    variance = float(np.dot(centered, centered)) / max(1, len(centered))
+    return centered * np.float32(1.0 / math.sqrt(variance + NORMALIZATION_EPS))
+
+
+def _source(path: str) -> str | BinaryIO:
+    """What soundfile opens: the path, or the bytes of a zip entry."""
+    entry = _ZIP_ENTRY.fullmatch(path)
+    if entry is None or os.path.exists(path):
+        return path
+    with open(entry["archive"], "rb") as archive:
+        archive.seek(int(entry["offset"]))
+        return io.BytesIO(archive.read(int(entry["length"])))
+
+
+def _why_not_opened(path: str) -> str:
+    """The sentence for a file that soundfile could not open."""
+    entry = _ZIP_ENTRY.fullmatch(path)
+    file = entry["archive"] if entry and not os.path.exists(path) else path
+    if not os.path.exists(file):
+        return f"{file} does not exist; check the paths in the manifest and the data folder."
+    if os.path.isdir(file):
+        return f"{file} is a folder, not an audio file; check the paths in the manifest."
+    if not os.access(file, os.R_OK):
+        return f"{file} may not be read; change its rights."
+    if os.path.getsize(file) == 0:
+        return f"{file} is empty (0 bytes); copy or download the file again."
+    if file != path:
+        return f"{path} is no audio entry of the archive; write its manifest again, with entries stored uncompressed."
+    return f"{path} is not an audio file that can be read (WAV, FLAC, Ogg, Opus, MP3); convert it or copy it again."

@@ -1,0 +1,282 @@
+"""Readers and writers of the manifest kinds: CSV, JSON, JSON lines, tab-separated tables, and fairseq's tsv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from toolkit.data.audio import audio_info
+from toolkit.data.table import Manifest, ManifestBuilder
+from toolkit.errors import AudioError, ManifestError
+
+ALIASES = {
+    "ID": ("id", "utt_id"),
+    "wav": ("audio_filepath", "path", "audio", "file"),
+    "wrd": ("words", "text", "transcript", "transcription", "sentence"),
+    "spk_id": ("speaker", "speaker_id"),
+}
+"""Other names under which corpora carry our columns; taken where ours is missing."""
+
+FAIRSEQ_RATE = 16000
+"""Hz taken for a fairseq tsv whose audio cannot be looked at: what all its speech models use."""
+
+FIELD_LIMIT = 1 << 24
+"""Characters in one field of a CSV file; the csv module's own limit is too small for long transcripts."""
+
+_PLACEHOLDER = re.compile(r"\$\{?(\w+)\}?|\{(\w+)\}")
+
+
+class PathResolver:
+    """Turns the paths of a manifest into real ones.
+
+    Arguments
+    ---------
+    folder : the manifest's own folder, which relative paths start from.
+    replacements : what stands for ``$name`` or ``{name}`` at the beginning of a path.
+    """
+
+    def __init__(self, folder: str, replacements: Mapping[str, str] | None) -> None:
+        self.folder = os.path.abspath(folder)
+        self.replacements = {name: os.fspath(value) for name, value in (replacements or {}).items()}
+
+    def __call__(self, path: str, where: str) -> str:
+        path = path.strip()
+        if path[:1] in "${":
+            placeholder = _PLACEHOLDER.match(path)
+            if placeholder is not None:
+                name = placeholder[1] or placeholder[2]
+                if name not in self.replacements:
+                    raise ManifestError(
+                        f"{where}: the path {path!r} begins with the placeholder {name}, for which nothing was given; "
+                        f"give the folder that it stands for (replacements, or {name} in the YAML)."
+                    )
+                path = self.replacements[name] + path[placeholder.end() :]
+                # A replacement is relative to where the command runs, not to the manifest.
+                return os.path.abspath(path)
+        return path if os.path.isabs(path) else os.path.normpath(os.path.join(self.folder, path))
+
+
+def read_table(file: TextIO, name: str, resolve: PathResolver, delimiter: str) -> Manifest:
+    """A table with a header line, separated by ``delimiter``."""
+    csv.field_size_limit(FIELD_LIMIT)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        header = [column.strip() for column in next(reader, [])]
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise ManifestError(f"{name}, line 1: the column {twice[0]!r} comes twice; give each column its own name.")
+        header = canonical_names(header)
+        builder = ManifestBuilder(header, name)
+        for fields in reader:
+            if not fields or (len(fields) == 1 and not fields[0].strip()):
+                continue
+            if len(fields) != len(header):
+                raise ManifestError(
+                    f"{name}, line {reader.line_num}: there are {len(fields)} fields where the header names "
+                    f"{len(header)}; put quotes round a field that holds the separator, or complete the line."
+                )
+            row = dict(zip(header, fields, strict=True))
+            add_row(builder, row, reader.line_num, resolve)
+    except csv.Error as error:
+        raise ManifestError(f"{name}, line {reader.line_num}: {error}; correct the line.") from error
+    return builder.finish()
+
+
+def read_json(text: str, name: str, resolve: PathResolver) -> Manifest:
+    """``{id: {"wav": ..., "duration": ..., ...}}``, or a list of such objects that hold their own ID."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_object)
+    except _DuplicateKeyError as error:
+        raise ManifestError(f"{name}: the key {error.args[0]!r} comes twice; IDs must be unique.") from error
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            # One object a line under the name .json.
+            return read_json_lines(iter(text.split("\n")), name, resolve)
+        raise ManifestError(
+            f"{name}, line {error.lineno}: this is not JSON ({error.msg}); correct the file."
+        ) from error
+    if isinstance(value, dict) and isinstance(value.get("wav"), str):
+        # A single line of JSON lines under the name .json.
+        value = [value]
+    if isinstance(value, dict):
+        rows: Iterable[tuple[str, Any]] = ((f"entry {key!r}", _with_id(key, row)) for key, row in value.items())
+    elif isinstance(value, list):
+        rows = ((f"entry {index}", row) for index, row in enumerate(value))
+    else:
+        raise ManifestError(
+            f"{name} is neither a JSON object nor a list of objects; see the README for the kinds accepted."
+        )
+    return _read_objects(rows, name, resolve)
+
+
+def read_json_lines(lines: Iterator[str], name: str, resolve: PathResolver) -> Manifest:
+    """One JSON object a line."""
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ManifestError(
+                        f"{name}, line {number}: this is not a JSON object ({error.msg}); correct the line."
+                    ) from error
+
+    return _read_objects(rows(), name, resolve)
+
+
+def _read_objects(rows: Iterable[tuple[str | int, Any]], name: str, resolve: PathResolver) -> Manifest:
+    builder: ManifestBuilder | None = None
+    renamed: dict[str, str] = {}
+    for place, row in rows:
+        if not isinstance(row, dict):
+            where = place if isinstance(place, str) else f"line {place}"
+            raise ManifestError(f"{name}, {where}: this is not an object with wav and duration; correct it.")
+        if builder is None:
+            names = canonical_names(list(row))
+            renamed = dict(zip(row, names, strict=True))
+            builder = ManifestBuilder(names, name)
+        texts = {renamed.get(key, key): _text_of(value) for key, value in row.items()}
+        add_row(builder, texts, place, resolve)
+    if builder is None:
+        raise ManifestError(f"{name} holds no utterances; check how it was made.")
+    return builder.finish()
+
+
+def read_fairseq(path: Path, file: TextIO, resolve: PathResolver, sample_rate: int | None) -> Manifest:
+    """fairseq's ``.tsv`` (root, then path and frames) with ``.wrd`` or ``.ltr`` beside it.
+
+    Lines of the label files belong to the lines of the tsv one by one. Utterances are named by the stem of their
+    file, or by their relative path where two stems are equal.
+    """
+    name = str(path)
+    written_root = file.readline().strip()
+    root = resolve(written_root, f"{name}, line 1")
+    entries: list[tuple[str, str]] = []
+    for number, line in enumerate(file, start=2):
+        fields = line.strip().split("\t")
+        if len(fields) != 2:
+            if fields == [""]:
+                raise ManifestError(
+                    f"{name}, line {number}: the line is empty; delete it, here and in the label files."
+                )
+            raise ManifestError(
+                f"{name}, line {number}: there are {len(fields)} fields, expected a path and a number of samples with "
+                "one tab between them; correct the line."
+            )
+        entries.append((fields[0], fields[1]))
+    labels = _fairseq_labels(path, len(entries))
+    rate = sample_rate or _rate_of(root, entries)
+    stems = [entry if ".zip:" in entry else Path(entry).stem for entry, _ in entries]
+    unique = len(set(stems)) == len(stems)
+    builder = ManifestBuilder(["ID", "duration", "wav"] + (["wrd"] if labels else []), name)
+    for index, (entry, frames) in enumerate(entries):
+        if not frames.isdecimal() or int(frames) == 0:
+            raise ManifestError(
+                f"{name}, line {index + 2}: the number of samples is {frames!r}, expected a whole number greater than "
+                "0; correct or delete the line."
+            )
+        identity = stems[index] if unique else os.path.splitext(entry)[0]
+        row = {"ID": identity, "duration": int(frames) / rate, "wav": os.path.join(root, entry)}
+        builder.add(row | ({"wrd": labels[index]} if labels else {}), index + 2)
+    return builder.finish(root=root, sample_rate=rate)
+
+
+def _fairseq_labels(path: Path, expected: int) -> list[str] | None:
+    words, letters = path.with_suffix(".wrd"), path.with_suffix(".ltr")
+    file = words if words.is_file() else letters
+    if not file.is_file():
+        return None
+    lines = read_text(file).split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if len(lines) != expected:
+        raise ManifestError(
+            f"{file} has {len(lines)} lines and {path} has {expected} utterances; they must belong together line by "
+            "line."
+        )
+    if file == letters:
+        lines = [line.replace(" ", "").replace("|", " ") for line in lines]
+    return [" ".join(line.split()) for line in lines]
+
+
+def _rate_of(root: str, entries: list[tuple[str, str]]) -> int:
+    """The rate at which frames were counted: that of the first file, where it is there to look at."""
+    try:
+        return audio_info(os.path.join(root, entries[0][0])).sample_rate if entries else FAIRSEQ_RATE
+    except AudioError:
+        return FAIRSEQ_RATE
+
+
+def canonical_names(names: list[str]) -> list[str]:
+    """``names`` with other corpora's names turned into ours, where ours is missing."""
+    renamed = dict.fromkeys(names)
+    for ours, others in ALIASES.items():
+        if ours not in names:
+            other = next((name for name in others if name in names), None)
+            if other is not None:
+                renamed[other] = ours
+    return [new or old for old, new in renamed.items()]
+
+
+def add_row(builder: ManifestBuilder, row: dict[str, Any], place: str | int, resolve: PathResolver) -> None:
+    """Add ``row`` to ``builder`` with its path made real."""
+    if str(row.get("wav") or "").strip():
+        where = place if isinstance(place, str) else f"line {place}"
+        row["wav"] = resolve(str(row["wav"]), f"{builder.source}, {where}")
+    builder.add(row, place)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text (a byte order mark is dropped); raises ManifestError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ManifestError(not_utf8(path, error)) from error
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """The sentence for a file in another encoding."""
+    line = path.read_bytes()[: _position_of(path, error)].count(b"\n") + 1
+    return f"{path}, line {line}: the text is not UTF-8; save the file as UTF-8."
+
+
+def _position_of(path: Path, error: UnicodeDecodeError) -> int:
+    """Byte of the first fault in the whole file (a stream's decoder only knows the piece it read)."""
+    try:
+        path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as whole:
+        return whole.start
+    return error.start
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object holds a key twice."""
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return value
+
+
+def _with_id(key: str, row: object) -> object:
+    return {"ID": key, **row} if isinstance(row, dict) else row
+
+
+def _text_of(value: object) -> object:
+    """JSON values as text: strings and numbers as they are, null as nothing, the rest as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, dict, bool)):
+        return json.dumps(value, ensure_ascii=False)
+    return value

@@ -1,0 +1,190 @@
+"""Read and write manifests: any accepted kind becomes one :class:`Manifest`, and any kind can be written from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.data import formats
+from toolkit.data.columns import TextColumn
+from toolkit.data.table import FilterReport, Manifest
+from toolkit.errors import ManifestError
+
+__all__ = ["FilterReport", "Manifest", "TextColumn", "read_manifest", "read_manifests", "write_manifest"]
+
+KINDS = (".csv", ".json", ".jsonl", ".tsv")
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    *,
+    replacements: Mapping[str, str] | None = None,
+    sample_rate: int | None = None,
+) -> Manifest:
+    """Read a manifest of any kind.
+
+    * ``.csv``: a header line with ``ID,duration,wav`` and further columns (``spk_id``, ``wrd``, ...);
+    * ``.json``: ``{id: {"wav": ..., "duration": ..., "words": ...}}``, or a list of objects;
+    * ``.jsonl``: one object a line;
+    * ``.tsv``: fairseq's (a root folder, then path and samples), with ``.wrd`` or ``.ltr`` of the same stem beside
+      it; or a table with a header line like a CSV, separated by tabs.
+
+    Transcripts stand in the column ``wrd`` (``words``, ``text``, ``transcript`` and ``sentence`` are taken for it
+    where it is missing, and likewise ``id``, ``audio_filepath``, ``path`` and ``audio``).
+
+    Arguments
+    ---------
+    path : the file.
+    replacements : folders for placeholders at the beginning of paths, ``{"data_root": D}`` for ``$data_root/...`` and
+        ``{data_root}/...``. Other relative paths start from the manifest's folder.
+    sample_rate : Hz at which a fairseq tsv counts samples; None looks at its first audio file (16,000 if it is not
+        there).
+
+    Raises
+    ------
+    ManifestError with the file and the line: missing file or column, empty or bad value, an ID that comes twice,
+    wrong text encoding, or no utterance at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise ManifestError(f"the manifest {path} {reason}; check the path, or prepare the data first.")
+    kind = path.suffix.lower()
+    if kind not in (*KINDS, ".ndjson"):
+        raise ManifestError(f"{path} is of no known kind of manifest; name it {', '.join(KINDS)} by its content.")
+    resolve = formats.PathResolver(str(path.parent), replacements)
+    try:
+        return _read(path, kind, resolve, sample_rate)
+    except UnicodeDecodeError as error:
+        raise ManifestError(formats.not_utf8(path, error)) from error
+
+
+def _read(path: Path, kind: str, resolve: formats.PathResolver, sample_rate: int | None) -> Manifest:
+    if kind == ".json":
+        return formats.read_json(formats.read_text(path), str(path), resolve)
+    # newline="" leaves line ends inside quoted fields to the csv module; other Unicode line ends are text.
+    with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
+        if kind == ".csv":
+            return formats.read_table(file, str(path), resolve, ",")
+        if kind == ".tsv":
+            first = file.readline()
+            file.seek(0)
+            if "\t" in first:
+                return formats.read_table(file, str(path), resolve, "\t")
+            return formats.read_fairseq(path, file, resolve, sample_rate)
+        return formats.read_json_lines(file, str(path), resolve)
+
+
+def read_manifests(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    replacements: Mapping[str, str] | None = None,
+    sample_rate: int | None = None,
+) -> Manifest:
+    """Read several manifests, of any kinds, into one; arguments and errors as for :func:`read_manifest`."""
+    return Manifest.concatenate(
+        [read_manifest(path, replacements=replacements, sample_rate=sample_rate) for path in paths]
+    )
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    manifest: Manifest | Sequence[Mapping[str, object]],
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+    sample_rate: int | None = None,
+) -> Path:
+    """Write a manifest; the suffix says the kind. The file appears whole or not at all.
+
+    Arguments
+    ---------
+    path : ``.csv``, ``.json``, ``.jsonl`` or ``.tsv`` (fairseq's, with ``.wrd`` and ``.ltr`` beside it where there
+        are transcripts; byte for byte what its own scripts write).
+    manifest : a manifest, or rows as dictionaries with ``ID``, ``duration``, ``wav`` and more.
+    data_root : folder that paths are written relative to: as ``$data_root/...`` in CSV, ``{data_root}/...`` in JSON,
+        and as the first line of a tsv. None writes whole paths; a tsv then gets the manifest's own root or the
+        deepest common one.
+    sample_rate : Hz at which a tsv counts samples; None takes the manifest's (16,000 where it has none).
+
+    Returns
+    -------
+    The path written.
+    """
+    path = Path(path)
+    if not isinstance(manifest, Manifest):
+        manifest = Manifest.from_rows(list(manifest))
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise ManifestError(f"{path} is of no known kind of manifest; name it {', '.join(KINDS)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".tsv":
+        _write_fairseq(path, manifest, data_root, sample_rate)
+    else:
+        placeholder = None if data_root is None else ("$data_root" if kind == ".csv" else "{data_root}")
+        root = None if data_root is None else os.path.abspath(data_root)
+        rows = (_portable(manifest.row(index), root, placeholder) for index in range(len(manifest)))
+        with _whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            if kind == ".csv":
+                writer = csv.DictWriter(file, manifest.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            elif kind == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                table = {row.pop("ID"): row for row in rows}
+                file.write(json.dumps(table, ensure_ascii=False, indent=2) + "\n")
+    return path
+
+
+def _portable(row: dict[str, str | float], root: str | None, placeholder: str | None) -> dict[str, str | float]:
+    wav = str(row["wav"])
+    if root is not None and wav.startswith(root.rstrip(os.sep) + os.sep):
+        row["wav"] = f"{placeholder}/{os.path.relpath(wav, root).replace(os.sep, '/')}"
+    return row
+
+
+def _write_fairseq(
+    path: Path, manifest: Manifest, data_root: str | os.PathLike[str] | None, sample_rate: int | None
+) -> None:
+    rate = sample_rate or manifest.sample_rate or formats.FAIRSEQ_RATE
+    wavs = list(manifest.column("wav"))
+    root = os.path.abspath(data_root) if data_root is not None else manifest.root or _common_folder(wavs)
+    frames = np.rint(manifest.durations * rate).astype(np.int64)
+    outside = next((wav for wav in wavs if not wav.startswith(root.rstrip(os.sep) + os.sep)), None)
+    if outside is not None:
+        raise ManifestError(
+            f"{path} cannot name {outside}, which is not under its root {root}; give another data_root."
+        )
+    lines = [f"{os.path.relpath(wav, root)}\t{count}" for wav, count in zip(wavs, frames, strict=True)]
+    texts = {path: [root, *lines]}
+    if "wrd" in manifest.columns:
+        words = [" ".join(text.split()) for text in manifest.column("wrd")]
+        texts[path.with_suffix(".wrd")] = words
+        texts[path.with_suffix(".ltr")] = [" ".join(text.replace(" ", "|")) + " |" for text in words]
+    # The tsv last: it is what readers look for.
+    for file, rows in reversed(texts.items()):
+        with _whole_file(file) as temporary:
+            temporary.write_bytes("".join(f"{row}\n" for row in rows).encode())
+
+
+def _common_folder(wavs: list[str]) -> str:
+    return os.path.commonpath({os.path.dirname(wav) for wav in wavs})
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A temporary neighbour that takes the name ``path`` when its writing has ended well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

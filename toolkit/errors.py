@@ -1,0 +1,99 @@
+"""The errors a user sees: one sentence each, saying what is wrong, where, and what to do.
+
+Every class derives from :class:`ToolkitError`; a script's ``main`` is started through
+:func:`run_main`, which prints the sentence without a traceback and returns a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+USER_ERROR = 2
+"""Exit code of a run that ended with a user's error."""
+
+INTERRUPTED = 130
+"""Exit code of a run that was stopped with Ctrl-C."""
+
+
+class ToolkitError(Exception):
+    """Base of all errors whose message is written for the user of a recipe."""
+
+
+class ConfigError(ToolkitError, ValueError):
+    """A YAML file, a command line option or an argument has a wrong name, type or value."""
+
+
+class ManifestError(ToolkitError, ValueError):
+    """A manifest (CSV, JSON, JSONL, tsv) is missing, malformed or changed."""
+
+
+class AudioError(ToolkitError, ValueError):
+    """An audio file is missing, unreadable, empty or of a wrong kind."""
+
+
+class TokenError(ToolkitError, ValueError):
+    """A transcript cannot be turned into tokens, or a token file cannot be read."""
+
+
+class ModelError(ToolkitError, ValueError):
+    """A model's settings do not fit together, or do not fit its input."""
+
+
+class CheckpointError(ToolkitError, ValueError):
+    """A checkpoint or a model folder is missing, truncated, foreign or does not fit."""
+
+
+class DeviceError(ToolkitError, RuntimeError):
+    """A device, a precision or a process group that was asked for is not to be had."""
+
+
+class TrainingError(ToolkitError, RuntimeError):
+    """Training cannot go on: losses not finite, too much bad audio, no data."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """One sentence for an operating system error, with the path and what to do."""
+    where = f" {error.filename!r}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the device while writing{where}; free some space and run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to use{where}: {os.strerror(error.errno)}; choose another folder or change its rights."
+    if error.errno == errno.ENOENT:
+        return f"the file or folder{where} does not exist; check the path."
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return f"the operating system refused to use{where}: {reason}."
+
+
+def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a script's ``main(argv)`` and turn a user's error into one line and an exit code.
+
+    Arguments
+    ---------
+    main : takes the command line without the program's name; returns an exit code or None.
+    argv : the command line; None takes ``sys.argv[1:]``.
+
+    Returns
+    -------
+    The exit code: 0, what ``main`` returned, ``USER_ERROR`` or ``INTERRUPTED``. Any other exception is a
+    defect of the program and keeps its traceback (set ``TOOLKIT_TRACEBACK=1`` to see it for a user's error too).
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return main(arguments) or 0
+    except ToolkitError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = describe_os_error(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to resume from the last checkpoint.", file=sys.stderr)
+        return INTERRUPTED
+    if os.environ.get("TOOLKIT_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR

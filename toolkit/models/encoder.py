@@ -1,0 +1,344 @@
+"""The encoder of wav2vec 2.0 (Baevski et al. 2020, section 2), which every recipe shares.
+
+The way of a batch: waveforms -> strided convolutions -> features -> layer norm -> projection -> spans of frames
+and channels masked -> transformer. Defaults are BASE's; order and arithmetic are fairseq's.
+
+Randomness: a forward with ``rng`` on a model in training mode drops and masks, one without (or in evaluation
+mode) does not; masks that are given take the same way as masks that are drawn.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.errors import CheckpointError, ModelError
+from toolkit.models.model_files import load_tensors, read_model_folder
+from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
+from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask
+from toolkit.nn.precision import compute_dtype, explicit_precision
+from toolkit.nn.transfer import to_device
+from toolkit.nn.transformer import TransformerEncoder
+from toolkit.seeds import Randomness
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder makes of a batch.
+
+    features : (batch, frames, dim), in the format that was computed in.
+    frame_lengths : (batch,) int64 on the host, real frames of each utterance.
+    extractor_features : (batch, frames, channels) float32, after the layer norm and before any masking.
+    feature_penalty : mean square of the convolutions' output, a scalar.
+    projected : (batch, frames, dim), what the transformer got, masks applied.
+    masked : where frames were masked; None if nowhere.
+    layers : (output, feed-forward output) of each layer if they were asked for.
+    """
+
+    features: Tensor
+    frame_lengths: Tensor
+    extractor_features: Tensor
+    feature_penalty: Tensor
+    projected: Tensor
+    masked: MaskedFrames | None
+    layers: Sequence[tuple[Tensor, Tensor]] | None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The input itself forward; its gradient times a factor backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 at least; float64 stays. What statistics, norms and losses are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Wav2Vec2Encoder(nn.Module):
+    """Waveforms to contextual features, one every 20 ms with the default convolutions.
+
+    Arguments
+    ---------
+    conv_layers : (channels, kernel, stride) of each convolution.
+    extractor_norm : "group" (per channel over time, after the first convolution only; BASE) or "layer" (after
+        each; LARGE).
+    conv_bias : whether the convolutions have biases (LARGE).
+    norm_over_padding : True takes the group norm's statistics and the feature penalty over padding too, as the
+        originals do, so that an utterance's features depend on how far its batch is padded. False: each
+        utterance gets what it gets alone.
+    dim, num_layers, ffn_dim, num_heads : width, depth, inner width and heads of the transformer.
+    pre_norm : layer norms before (LARGE) or after (BASE) each block.
+    pos_kernel, pos_groups, pos_depth : the positional convolution (depth above 1: data2vec's stack).
+    dropout, attention_dropout, activation_dropout, dropout_input : drop probabilities in the transformer's
+        residuals, on attention weights, inside the feed-forward blocks, and on the projected features.
+    layerdrop : probability of leaving a layer out.
+    feature_grad_mult : factor on the gradient into the convolutions; 0 trains without them.
+    mask_prob, mask_length, min_masks : spans of frames replaced by a learned vector, see
+        :func:`toolkit.nn.masking.span_positions`; mask_prob 0.65 masks about 49 %.
+    mask_channel_prob, mask_channel_length : spans of channels set to zero on all frames.
+    equal_mask_counts : bring all utterances of a batch to the smallest number of masked frames (channels
+        likewise), as fairseq does.
+    gradient_checkpointing : recompute convolutions and layers in the backward pass to save memory.
+
+    Raises
+    ------
+    ModelError : settings that do not fit together.
+
+    Example
+    -------
+    >>> encoder = Wav2Vec2Encoder(conv_layers=[(8, 10, 5), (8, 8, 4)], dim=16, num_layers=1, ffn_dim=32,
+    ...     num_heads=2, pos_kernel=4, pos_groups=2)
+    >>> encoder(torch.randn(2, 1600)).features.shape
+    torch.Size([2, 78, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        conv_layers: Sequence[Sequence[int]] = BASE_CONV_LAYERS,
+        extractor_norm: str = "group",
+        conv_bias: bool = False,
+        norm_over_padding: bool = False,
+        dim: int = 768,
+        num_layers: int = 12,
+        ffn_dim: int = 3072,
+        num_heads: int = 12,
+        pre_norm: bool = False,
+        pos_kernel: int = 128,
+        pos_groups: int = 16,
+        pos_depth: int = 1,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        activation_dropout: float = 0.0,
+        dropout_input: float = 0.1,
+        layerdrop: float = 0.05,
+        feature_grad_mult: float = 0.1,
+        mask_prob: float = 0.65,
+        mask_length: int = 10,
+        min_masks: int = 2,
+        mask_channel_prob: float = 0.0,
+        mask_channel_length: int = 64,
+        equal_mask_counts: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        # Before any other local name exists: exactly the arguments.
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        check_mask_settings(mask_prob, mask_length, "mask")
+        check_mask_settings(mask_channel_prob, mask_channel_length, "mask_channel")
+        if feature_grad_mult < 0:
+            raise ModelError(f"feature_grad_mult is {feature_grad_mult}, expected 0 (frozen) or a positive factor.")
+        conv_layers = tuple(tuple(int(n) for n in layer) for layer in conv_layers)
+        self.config = arguments | {"conv_layers": [list(layer) for layer in conv_layers]}
+        self.feature_extractor = FeatureExtractor(
+            conv_layers,
+            norm=extractor_norm,
+            bias=conv_bias,
+            norm_over_padding=norm_over_padding,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.feature_norm = nn.LayerNorm(conv_layers[-1][0])
+        # As in the originals: features that already have the transformer's width go in as they are.
+        self.projection = nn.Linear(conv_layers[-1][0], dim) if conv_layers[-1][0] != dim else None
+        self.mask_embedding = nn.Parameter(torch.empty(dim).uniform_())
+        self.transformer = TransformerEncoder(
+            num_layers=num_layers,
+            dim=dim,
+            ffn_dim=ffn_dim,
+            num_heads=num_heads,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            layerdrop=layerdrop,
+            pre_norm=pre_norm,
+            pos_kernel=pos_kernel,
+            pos_groups=pos_groups,
+            pos_depth=pos_depth,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.dim, self.dropout_input = dim, dropout_input
+        self.norm_over_padding, self.feature_grad_mult = norm_over_padding, feature_grad_mult
+        self.mask_prob, self.mask_length, self.min_masks = mask_prob, mask_length, min_masks
+        self.mask_channel_prob, self.mask_channel_length = mask_channel_prob, mask_channel_length
+        self.equal_mask_counts = equal_mask_counts
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Encoder:
+        """The encoder in a model folder of any kind, with its weights.
+
+        Arguments
+        ---------
+        folder : a ``model/`` folder of a pretraining, CTC or encoder run.
+        overrides : constructor arguments to replace, such as dropouts, masks and feature_grad_mult.
+
+        Raises
+        ------
+        CheckpointError : the folder cannot be used, or an override changes a weight's shape.
+        ModelError : an override is no argument of the encoder.
+        """
+        contents = read_model_folder(folder)
+        settings = encoder_settings(contents.config.architecture, source=folder)
+        if unknown := sorted(overrides.keys() - _ENCODER_ARGUMENTS):
+            nearest = difflib.get_close_matches(unknown[0], _ENCODER_ARGUMENTS, 1, 0.0)[0]
+            raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
+        encoder = cls(**settings | overrides)
+        tensors = contents.tensors if contents.config.kind == "wav2vec2_encoder" else contents.part("encoder")
+        load_tensors(encoder, tensors, source=folder)
+        return encoder
+
+    def frame_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames of waveforms of ``lengths`` samples: (batch,) int64, at least one each."""
+        return self.feature_extractor.frame_lengths(lengths.clamp(min=self.feature_extractor.receptive_field))
+
+    def draw_time_mask(self, frame_lengths: Sequence[int], num_frames: int, rng: Randomness) -> np.ndarray:
+        """A mask of spans of frames, (batch, num_frames) bool, by the encoder's settings."""
+        return span_mask(
+            frame_lengths,
+            num_frames,
+            mask_prob=self.mask_prob,
+            mask_length=self.mask_length,
+            min_masks=self.min_masks,
+            equal_counts=self.equal_mask_counts,
+            rng=rng,
+            stream="mask",
+        )
+
+    def draw_channel_mask(self, batch: int, rng: Randomness) -> np.ndarray:
+        """A mask of spans of channels, (batch, dim) bool, by the encoder's settings."""
+        return span_mask(
+            [self.dim] * batch,
+            self.dim,
+            mask_prob=self.mask_channel_prob,
+            mask_length=self.mask_channel_length,
+            equal_counts=self.equal_mask_counts,
+            rng=rng,
+            stream="channel mask",
+        )
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        rng: Randomness | None = None,
+        time_mask: np.ndarray | Tensor | None = None,
+        channel_mask: np.ndarray | Tensor | None = None,
+        layers: bool = False,
+    ) -> Encoded:
+        """Encode a batch.
+
+        Arguments
+        ---------
+        waveforms : (batch, samples) float32. Waveforms shorter than one frame are taken as followed by silence.
+        lengths : (batch,) int64, real samples of each, best kept on the host (a tensor on a device is fetched,
+            which waits for it); None: all are full.
+        rng : this micro-batch's randomness. In training mode it drops, and masks where no mask is given.
+        time_mask : (batch, frames) bool, True where a frame is replaced by the mask vector.
+        channel_mask : (batch, dim) bool, True where a channel is set to zero, after the time mask.
+        layers : return every layer's outputs.
+
+        Raises
+        ------
+        ModelError : a length exceeds the padded size, or is below one sample.
+        """
+        rng = rng if self.training else None
+        device = waveforms.device
+        waveforms, lengths = self._checked_input(waveforms, lengths)
+        dtype = compute_dtype(device.type, self.mask_embedding.dtype)
+        with explicit_precision(device.type):
+            features, penalty, frame_lengths = self._extract(waveforms, lengths, dtype)
+            normed = self.feature_norm(widened(features))
+            hidden = normed.to(dtype)
+            if self.projection is not None:
+                hidden = F.linear(hidden, self.projection.weight.to(dtype), self.projection.bias.to(dtype))
+            if rng is not None and self.dropout_input > 0:
+                hidden = dropout(hidden, self.dropout_input, DropoutBits(rng.child("input"), device))
+            batch, frames = hidden.shape[:2]
+            if rng is not None and time_mask is None and self.mask_prob > 0:
+                time_mask = self.draw_time_mask(frame_lengths.tolist(), frames, rng)
+            if rng is not None and channel_mask is None and self.mask_channel_prob > 0:
+                channel_mask = self.draw_channel_mask(batch, rng)
+            masked = None if time_mask is None else MaskedFrames.of(time_mask, device)
+            hidden = self._masked(hidden, masked, channel_mask)
+            padded = bool((frame_lengths < frames).any())
+            out = self.transformer(hidden, frame_lengths if padded else None, rng=rng, dtype=dtype, layers=layers)
+        out, per_layer = out if layers else (out, None)
+        return Encoded(out, frame_lengths, normed, penalty, hidden, masked, per_layer)
+
+    def _checked_input(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waveforms of at least one frame, and lengths on the host, None if all are full."""
+        samples = waveforms.shape[1]
+        if lengths is not None:
+            lengths = lengths.to("cpu")
+            if int(lengths.max()) > samples or int(lengths.min()) < 1:
+                raise ModelError(
+                    f"lengths run from {int(lengths.min())} to {int(lengths.max())} samples, but the batch is padded "
+                    f"to {samples}; lengths are absolute counts of samples, from 1 to the padded size."
+                )
+            lengths = lengths.clamp(min=self.feature_extractor.receptive_field)
+        if samples < self.feature_extractor.receptive_field:
+            waveforms = F.pad(waveforms, (0, self.feature_extractor.receptive_field - samples))
+        return waveforms, None if lengths is None or bool((lengths == waveforms.shape[1]).all()) else lengths
+
+    def _extract(self, waveforms: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolutions' output (batch, frames, channels), its mean square, and the frame lengths."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
+            features = self.feature_extractor(waveforms, lengths, dtype=dtype)
+        if features.requires_grad and self.feature_grad_mult != 1:
+            features = _ScaleGradient.apply(features, self.feature_grad_mult)
+        batch, frames, channels = features.shape
+        if lengths is None or self.norm_over_padding:
+            penalty = widened(features).square().mean()
+        else:
+            # The extractor leaves zeros in the padding.
+            penalty = widened(features).square().sum() / (int(self.frame_lengths(lengths).sum()) * channels)
+        if lengths is None:
+            return features, penalty, torch.full((batch,), frames)
+        return features, penalty, self.frame_lengths(lengths)
+
+    def _masked(self, hidden: Tensor, masked: MaskedFrames | None, channel_mask: np.ndarray | Tensor | None) -> Tensor:
+        """Masked frames become the mask vector, then masked channels zero; ``hidden`` itself is left alone."""
+        if masked is not None and masked.total:
+            # (batch, frames, dim) -> (batch * frames, dim)
+            rows = hidden.flatten(0, 1)
+            vector = self.mask_embedding.to(hidden.dtype).expand(masked.total, -1)
+            hidden = rows.index_put((masked.positions,), vector).view_as(hidden)
+        if channel_mask is not None:
+            channels = to_device(torch.as_tensor(channel_mask), hidden.device)
+            hidden = hidden.masked_fill(channels[:, None, :], 0)
+        return hidden
+
+
+_ENCODER_ARGUMENTS = frozenset(inspect.signature(Wav2Vec2Encoder).parameters)
+
+
+def encoder_settings(architecture: Mapping[str, Any], *, source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The encoder's arguments from the architecture of any kind of model folder.
+
+    Raises
+    ------
+    CheckpointError : an argument that the encoder does not have.
+    """
+    inner = architecture.get("encoder", architecture)
+    if not isinstance(inner, Mapping) or (unknown := sorted(set(inner) - _ENCODER_ARGUMENTS)):
+        what = f"the setting {unknown[0]!r}" if isinstance(inner, Mapping) else "no settings"
+        raise CheckpointError(f"{source}: config.json has {what} for the encoder, which this version cannot build.")
+    return dict(inner)

@@ -1,0 +1,152 @@
+"""Span masks over frames and channels (wav2vec 2.0, section 3.1 and appendix A), one random stream per utterance.
+
+Everything here runs on the host in NumPy: a mask costs well under a millisecond per utterance, and the
+counts of masked frames must be known before the device is asked for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.errors import ModelError
+from toolkit.nn.transfer import to_device
+from toolkit.seeds import Randomness
+
+SHORTEST_MASKABLE = 3
+"""Rows of fewer positions than this are never masked: a prediction needs something left to be made from, and one
+masked frame alone has no other to be told from."""
+
+
+def check_mask_settings(prob: float, length: int, name: str) -> None:
+    """Refuse a mask that makes no sense.
+
+    Raises
+    ------
+    ModelError : ``prob`` is outside 0..1 or ``length`` is below 1.
+    """
+    if not 0 <= prob <= 1:
+        raise ModelError(
+            f"{name}_prob is {prob}, expected 0 to 1: the share that masked spans would cover if none overlapped."
+        )
+    if length < 1:
+        raise ModelError(f"{name}_length is {length}, expected at least 1 position per span.")
+
+
+def span_positions(
+    num_positions: int, *, mask_prob: float, mask_length: int, min_masks: int, generator: np.random.Generator
+) -> np.ndarray:
+    """The masked positions of one row, sorted and unique.
+
+    As in fairseq: ``int(mask_prob * n / mask_length + u)`` spans, u uniform in 0..1, at least ``min_masks``;
+    their starts are drawn without replacement and leave room for a whole span, spans may overlap.
+    A mask_prob of 0.65 therefore masks about 49 % of the positions.
+    Beyond the original: a row that would be masked wholly keeps one position (the original raises an error),
+    and a row of one or two positions is not masked.
+
+    Arguments
+    ---------
+    num_positions : real positions of the row (frames without padding, or channels).
+    mask_prob : share of positions that the spans would cover if none overlapped.
+    mask_length : positions per span.
+    min_masks : least number of spans; 0 lets a row go unmasked.
+    generator : the row's own stream.
+
+    Returns
+    -------
+    (masked,) int64
+    """
+    spans = max(int(mask_prob * num_positions / mask_length + generator.random()), min_masks)
+    if spans == 0 or num_positions < SHORTEST_MASKABLE:
+        return np.empty(0, dtype=np.int64)
+    # A row too short for so many different starts gives up the room for whole spans at its end.
+    room = mask_length if num_positions - mask_length > spans else num_positions - spans - 1
+    starts = generator.choice(num_positions - room, spans, replace=False)
+    positions = np.unique(starts[:, None] + np.arange(mask_length))
+    positions = positions[positions < num_positions]
+    if len(positions) == num_positions:
+        positions = np.delete(positions, generator.integers(num_positions))
+    return positions
+
+
+def span_mask(
+    row_lengths: Sequence[int],
+    size: int,
+    *,
+    mask_prob: float,
+    mask_length: int,
+    min_masks: int = 0,
+    equal_counts: bool = True,
+    rng: Randomness,
+    stream: str = "mask",
+) -> np.ndarray:
+    """Span masks for a batch; each row's mask is a function of ``rng`` and the row's index alone.
+
+    Arguments
+    ---------
+    row_lengths : real positions of each row; nothing beyond them is masked.
+    size : positions of the padded batch.
+    mask_prob, mask_length, min_masks : see :func:`span_positions`.
+    equal_counts : trim every row to the smallest count among the masked rows by dropping random positions, as
+        fairseq does (it takes spans apart where lengths differ). Rows without any mask stay without and set
+        no minimum.
+    rng : place in the tree of random streams; row r draws from ``rng.numpy(stream, r)``.
+    stream : name of the streams, so that time and channel masks differ.
+
+    Returns
+    -------
+    (batch, size) bool, True where masked.
+
+    Example
+    -------
+    >>> mask = span_mask([50, 30], 50, mask_prob=0.65, mask_length=10, min_masks=2, rng=Randomness(1))
+    >>> mask.shape, bool(mask[1, 30:].any()), len(set(mask.sum(1).tolist()))
+    ((2, 50), False, 1)
+    """
+    generators = [rng.numpy(stream, row) for row in range(len(row_lengths))]
+    rows = [
+        span_positions(
+            int(length), mask_prob=mask_prob, mask_length=mask_length, min_masks=min_masks, generator=generator
+        )
+        for length, generator in zip(row_lengths, generators, strict=True)
+    ]
+    if equal_counts:
+        fewest = min((len(row) for row in rows if len(row)), default=0)
+        rows = [
+            generator.choice(row, fewest, replace=False) if len(row) > fewest else row
+            for row, generator in zip(rows, generators, strict=True)
+        ]
+    mask = np.zeros((len(rows), size), dtype=bool)
+    for row, positions in enumerate(rows):
+        mask[row, positions] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class MaskedFrames:
+    """Where a batch is masked, known on the host and on the device.
+
+    mask : (batch, frames) bool NumPy array, True where masked.
+    counts : masked frames of each utterance; S in all.
+    positions : (S,) int64 tensor on the device, into the batch * frames rows, utterance by utterance.
+    """
+
+    mask: np.ndarray
+    counts: tuple[int, ...]
+    positions: Tensor
+
+    @classmethod
+    def of(cls, mask: np.ndarray | Tensor, device: torch.device | str) -> MaskedFrames:
+        """From a (batch, frames) mask; one on a device other than the CPU is fetched, which waits for it."""
+        host = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        positions = to_device(torch.from_numpy(np.flatnonzero(host)), device)
+        return cls(host.astype(bool, copy=False), tuple(host.astype(bool).sum(1).tolist()), positions)
+
+    @property
+    def total(self) -> int:
+        """S, the masked frames of the whole batch."""
+        return sum(self.counts)

@@ -1,0 +1,264 @@
+"""The transformer over features: positional convolution, blocks of self-attention and feed-forward, layerdrop.
+
+On a CPU the real frames of a padded batch are packed into rows (frames, dim), so that padding costs nothing and
+needs no mask; on other devices batches stay padded, of fixed shape, and keys in the padding are masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from toolkit.errors import ModelError
+from toolkit.nn.fast.attention import attention, padded_attention
+from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, unpack_rows
+from toolkit.nn.fast.linear import layer_norm, linear_gelu, linear_residual, linear_residual_norm
+from toolkit.nn.positional import PositionalConv
+from toolkit.seeds import Randomness
+
+INITIAL_STD = 0.02
+"""Standard deviation of the products' weights at the start, as in BERT."""
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=INITIAL_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TransformerLayer(nn.Module):
+    """One block: self-attention, then a feed-forward network, each with dropout, residual and norm.
+
+    ``qkv`` holds the weights of queries, keys and values on top of each other, (3 * dim, dim), in this order.
+
+    Arguments
+    ---------
+    dim, ffn_dim, num_heads : width, inner width of the feed-forward network, heads.
+    dropout, attention_dropout, activation_dropout : drop probabilities of the two outputs, of the attention
+        probabilities, and of the feed-forward network's inner activations.
+    pre_norm : norms before attention and network (LARGE), or after their residuals (BASE).
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        pre_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.pre_norm = num_heads, pre_norm
+        self.dropout, self.attention_dropout, self.activation_dropout = dropout, attention_dropout, activation_dropout
+        self.fast = True
+        self.qkv = _linear(dim, 3 * dim)
+        self.out = _linear(dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.fc1 = _linear(dim, ffn_dim)
+        self.fc2 = _linear(ffn_dim, dim)
+        self.final_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: list[int],
+        padding: Tensor | None = None,
+        *,
+        bits: DropoutBits | None = None,
+        need_ffn: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block's output, and that of the feed-forward network if ``need_ffn``.
+
+        Arguments
+        ---------
+        x : (rows, dim), the frames of all utterances in turn.
+        lengths : rows of each utterance.
+        padding : (batch, frames) bool for a batch that stayed padded, True in the padding; else None.
+        bits : dropout decisions; None means evaluation.
+        need_ffn : also return the feed-forward output before dropout, residual and norm (data2vec's target).
+        """
+        dtype = x.dtype
+        h = self._normed(self.attention_norm, x) if self.pre_norm else x
+        qkv = F.linear(h, self.qkv.weight.to(dtype), self.qkv.bias.to(dtype))
+        h = self._attention(qkv, lengths, padding, bits)
+        x = self._add(x, h, self.out, self.attention_norm, bits)
+        h = self._normed(self.final_norm, x) if self.pre_norm else x
+        h = linear_gelu(
+            h, self.fc1.weight.to(dtype), self.fc1.bias.to(dtype), p=self.activation_dropout, bits=bits, fast=self.fast
+        )
+        if not need_ffn:
+            return self._add(x, h, self.fc2, self.final_norm, bits), None
+        ffn = F.linear(h, self.fc2.weight.to(dtype), self.fc2.bias.to(dtype))
+        x = x + dropout(ffn, self.dropout, bits)
+        return x if self.pre_norm else self._normed(self.final_norm, x), ffn
+
+    @staticmethod
+    def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+    def _add(self, x: Tensor, h: Tensor, linear: nn.Linear, norm: nn.LayerNorm, bits: DropoutBits | None) -> Tensor:
+        """x + dropout(linear(h)), normed in a post-norm block."""
+        weight, bias = linear.weight.to(x.dtype), linear.bias.to(x.dtype)
+        if self.pre_norm:
+            return linear_residual(x, h, weight, bias, p=self.dropout, bits=bits, fast=self.fast)
+        return linear_residual_norm(
+            x, h, weight, bias, norm.weight, norm.bias, p=self.dropout, bits=bits, eps=norm.eps, fast=self.fast
+        )
+
+    def _attention(self, qkv: Tensor, lengths: list[int], padding: Tensor | None, bits: DropoutBits | None) -> Tensor:
+        p = self.attention_dropout
+        if qkv.device.type == "cpu":
+            return attention(qkv, lengths, self.num_heads, p=p, bits=bits, fast=self.fast)
+        batch, dim = len(lengths), qkv.shape[1] // 3
+        # (rows, 3 * dim) -> three of (batch, heads, frames, channels of a head)
+        q, k, v = qkv.view(batch, -1, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        out = padded_attention(q, k, v, padding, p if bits is not None else 0.0)
+        return out.transpose(1, 2).reshape(-1, dim)
+
+
+class TransformerEncoder(nn.Module):
+    """Positional convolution and a stack of blocks (wav2vec 2.0, section 2). Defaults are BASE's.
+
+    Arguments
+    ---------
+    num_layers, dim, ffn_dim, num_heads : blocks, width, inner width of the feed-forward networks, heads.
+    dropout : drop probability of the blocks' outputs and of the first block's input.
+    attention_dropout, activation_dropout : drop probabilities of attention probabilities and inner activations.
+    layerdrop : probability of leaving a block out in training.
+    pre_norm : norms before each part and one at the end (LARGE), or after each part and one at the start (BASE).
+    pos_kernel, pos_groups, pos_depth : see :class:`toolkit.nn.positional.PositionalConv`.
+    gradient_checkpointing : recompute each block in the backward pass (with the same dropout) to save memory.
+
+    Raises
+    ------
+    ModelError : settings that do not fit together.
+
+    Example
+    -------
+    >>> encoder = TransformerEncoder(num_layers=2, dim=16, ffn_dim=32, num_heads=2, pos_kernel=4, pos_groups=2)
+    >>> encoder(torch.randn(2, 7, 16), torch.tensor([7, 5])).shape
+    torch.Size([2, 7, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 12,
+        dim: int = 768,
+        ffn_dim: int = 3072,
+        num_heads: int = 12,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        activation_dropout: float = 0.0,
+        layerdrop: float = 0.05,
+        pre_norm: bool = False,
+        pos_kernel: int = 128,
+        pos_groups: int = 16,
+        pos_depth: int = 1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ModelError(f"the transformer's dim {dim} is no multiple of its num_heads {num_heads}.")
+        probabilities = {
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "activation_dropout": activation_dropout,
+            "layerdrop": layerdrop,
+        }
+        for name, value in probabilities.items():
+            if not 0 <= value < 1:
+                raise ModelError(f"the transformer's {name} is {value}; expected a probability in [0, 1).")
+        self.layerdrop, self.dropout, self.pre_norm = layerdrop, dropout, pre_norm
+        self.gradient_checkpointing = gradient_checkpointing
+        self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth)
+        self.norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                dim=dim,
+                ffn_dim=ffn_dim,
+                num_heads=num_heads,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                pre_norm=pre_norm,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        frame_lengths: Tensor | None = None,
+        *,
+        rng: Randomness | None = None,
+        dtype: torch.dtype | None = None,
+        layers: bool = False,
+    ) -> Tensor | tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Contextual features.
+
+        Arguments
+        ---------
+        x : (batch, frames, dim).
+        frame_lengths : (batch,) real frames of each utterance, best on the host; None means that all are full.
+        rng : randomness of this micro-batch, for dropout and layerdrop; None means evaluation. On devices other than
+            the CPU dropout draws from torch's own generator of the device instead.
+        dtype : format of products and of the features between blocks; None takes that of ``x``.
+        layers : also return (output, feed-forward output) of each block that ran, both (batch, frames, dim).
+
+        Returns
+        -------
+        (batch, frames, dim) in ``dtype``, zero in the padding; with ``layers``, this and the list.
+        """
+        x = x.to(dtype or x.dtype)
+        batch, frames, _ = x.shape
+        packs = x.device.type == "cpu"
+        padding = None
+        if frame_lengths is not None and not packs:
+            padding = padding_mask(frame_lengths.to(x.device, non_blocking=True), frames)
+            x = x.masked_fill(padding[..., None], 0)
+        lengths = full_lengths(frame_lengths if packs else None, batch, frames)
+        x = x + self.positional(x, frame_lengths)
+        x = pack_rows(x, lengths)
+        if not self.pre_norm:
+            x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        x = dropout(x, self.dropout, None if rng is None else DropoutBits(rng.child("transformer input"), x.device))
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for i in self._layers_to_run(rng):
+            x, ffn = self._run_layer(i, x, lengths, padding, rng, layers)
+            if layers:
+                outputs.append(tuple(self._unpacked(rows, lengths, frames, padding) for rows in (x, ffn)))
+        if self.pre_norm:
+            x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        x = self._unpacked(x, lengths, frames, padding)
+        return (x, outputs) if layers else x
+
+    def _layers_to_run(self, rng: Randomness | None) -> list[int]:
+        if rng is None or self.layerdrop == 0:
+            return list(range(len(self.layers)))
+        return [i for i, u in enumerate(rng.numpy("layerdrop").random(len(self.layers))) if u > self.layerdrop]
+
+    def _run_layer(
+        self, i: int, x: Tensor, lengths: list[int], padding: Tensor | None, rng: Randomness | None, need_ffn: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            # a fresh stream for each call: a recomputed block draws the decisions it drew before
+            bits = None if rng is None else DropoutBits(rng.child("layer", i), x.device)
+            return self.layers[i](x, lengths, padding, bits=bits, need_ffn=need_ffn)
+
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            own_bits = rng is None or x.device.type == "cpu"
+            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not own_bits)
+        return run(x)
+
+    @staticmethod
+    def _unpacked(rows: Tensor, lengths: list[int], frames: int, padding: Tensor | None) -> Tensor:
+        x = unpack_rows(rows, lengths, frames)
+        return x if padding is None else x.masked_fill(padding[..., None], 0)

@@ -1,0 +1,480 @@
+"""Brain: the loop around a recipe's two methods, one optimizer update at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import ConfigError, ModelError
+from toolkit.seeds import Randomness
+from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.context import MicroBatches, RunContext
+from toolkit.training.guard import NonFiniteGuard, Seen
+from toolkit.training.health import HealthMonitor
+from toolkit.training.limits import Requeue, RunLength, StopSignal, half_way, shortened
+from toolkit.training.metrics import MetricSums, Number
+from toolkit.training.objective import Objective, Stage, StageResult, on_device
+from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
+from toolkit.training.options import RunOptions
+from toolkit.training.profiling import UpdateProfiler
+from toolkit.training.progress import Progress
+from toolkit.training.saving import Saver
+from toolkit.training.schedules import Constant, Schedule
+from toolkit.training.step import StepResult, UpdateStep, share_weights
+from toolkit.training.streams import close, passed_on, timed
+from toolkit.training.summary import describe_modules
+
+__all__ = ["Brain", "MicroBatches", "Objective", "RunContext", "Stage", "StageResult"]
+
+
+class Brain:
+    """Trains and evaluates modules; a recipe says how a batch goes forward and what its objective is.
+
+    Override ``compute_forward`` and ``compute_objectives``, and any hook (``on_...``).
+
+    Arguments
+    ---------
+    modules : name to module; then ``self.modules.name``, on the device.
+    opt_class : an optimizer class or partial; None for a Brain that only evaluates.
+    hparams : the loaded YAML; then ``self.hparams.key``.
+    run_opts : how to run: `RunOptions`, or a dict of some of them.
+    checkpointer : None = nothing is saved and nothing resumed.
+    schedule : (update, total_updates) -> factor of the optimizer's learning rate.
+    parameter_groups : settings by parameter name, see `ParameterGroup`.
+    health : looks at every row of the log and warns; None = the usual rules.
+    context : device, ranks, loggers, folder; None = this process on the CPU, silent.
+    sample_rate : Hz, to count seconds of audio.
+
+    Raises
+    ------
+    ConfigError : options that do not fit together.
+
+    Example
+    -------
+    >>> class Regression(Brain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.model(batch[0])
+    ...
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return Objective((predictions - batch[1]).square().sum(), count=len(batch[1]))
+    >>> data = (torch.ones(4, 2), torch.ones(4, 1))
+    >>> micro = SimpleNamespace(batch=data, epoch=0, update=0, micro=0, last=True, bad=())
+    >>> loader = SimpleNamespace(updates_per_epoch=1, epoch=lambda epoch, first_update=0: iter([micro]))
+    >>> brain = Regression({"model": nn.Linear(2, 1)}, torch.optim.AdamW, run_opts={"max_updates": 3})
+    >>> brain.fit(loader)
+    >>> brain.update
+    3
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        opt_class: Callable[..., torch.optim.Optimizer] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        run_opts: RunOptions | Mapping[str, Any] | None = None,
+        checkpointer: Checkpointer | None = None,
+        *,
+        schedule: Schedule | None = None,
+        parameter_groups: Sequence[ParameterGroup] = (),
+        health: HealthMonitor | None = None,
+        context: RunContext | None = None,
+        sample_rate: int = 16000,
+    ) -> None:
+        options = run_opts if isinstance(run_opts, RunOptions) else RunOptions.from_values(run_opts or {})
+        self.options = shortened(options) if options.debug else options
+        self.context = context or RunContext()
+        self.world, self.loggers, self.device_row = self.context.world, self.context.loggers, self.context.device
+        self.device: torch.device = self.device_row.torch_device
+        self.precision = self.device_row.resolve_precision(self.options.precision)
+        self.modules = nn.ModuleDict(modules).to(self.device)
+        self.hparams = SimpleNamespace(**(hparams or {}))
+        self.opt_class, self.sample_rate = opt_class, sample_rate
+        self.schedule: Schedule = schedule or Constant()
+        self.parameter_groups = tuple(parameter_groups)
+        self.health = health or HealthMonitor()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.loss_scale: LossScale | None = None
+        self.progress = Progress(RunLength(self.options.max_updates, self.options.max_minutes), self.world)
+        self.saver = Saver(checkpointer, self.options, self.modules, self.progress, self.say)
+        self.rng: Randomness | None = None
+        self.batch_index = 0
+        self._guard = NonFiniteGuard(
+            self.world, patience=self.options.nonfinite_patience, folder=self.context.output_folder, say=self.say
+        )
+        self._profiler = UpdateProfiler(
+            self.context.output_folder if self.options.profile and self.world.is_main else None
+        )
+        self._learning_rate = 0.0
+        self._recorded: list[tuple[int, dict[str, Any]]] = []
+        self._told: set[str] = set()
+        self._begin_update()
+
+    @property
+    def update(self) -> int:
+        """Optimizer updates that are complete: in TRAIN, the index (from 0) of the one being made."""
+        return self.progress.update
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete: in TRAIN, the index (from 0) of the one going on."""
+        return self.progress.epoch
+
+    # ---- what a recipe overrides -------------------------------------------------------------------------------------
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Any:
+        """From a batch (on the device) to predictions. ``self.rng`` is None in VALID and TEST."""
+        raise NotImplementedError(f"{type(self).__name__} has to say how a batch goes forward: compute_forward.")
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Objective | Tensor:
+        """From predictions to an `Objective`. A plain mean loss () is taken too and weighted by the batch's size."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what is minimized: compute_objectives.")
+
+    def on_fit_start(self) -> None:
+        """After the optimizer is built and the last checkpoint loaded, before the first update."""
+
+    def on_stage_start(self, stage: Stage, epoch: int) -> None:
+        """Before an epoch of training, a validation, a test. ``epoch`` counts from 0."""
+
+    def on_stage_end(self, stage: Stage, metrics: dict[str, float], epoch: int) -> Mapping[str, float] | None:
+        """After it, with the averages; what it returns is logged (and can be the best metric) beside them."""
+
+    def on_update_end(self, result: StepResult) -> None:
+        """After each optimizer update; the values of ``result`` are tensors on the device."""
+
+    def init_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over ``self.modules``."""
+        if self.opt_class is None:
+            raise ConfigError("opt_class is missing; a Brain that trains needs one, such as torch.optim.AdamW.")
+        return build_optimizer(self.modules, self.opt_class, self.parameter_groups)
+
+    def batch_amount(self, batch: Any) -> tuple[float, float]:
+        """(seconds of audio without padding, with padding) of a batch on the host; items where there is no audio."""
+        if hasattr(batch, "waveforms") and hasattr(batch, "lengths"):
+            return int(batch.lengths.sum()) / self.sample_rate, batch.waveforms.numel() / self.sample_rate
+        return float(len(batch)), float(len(batch))
+
+    # ---- what a recipe uses ------------------------------------------------------------------------------------------
+
+    def say(self, sentence: str) -> None:
+        """A sentence for the log (of the main process)."""
+        self.loggers.say(sentence)
+
+    def eval_rng(self) -> Randomness:
+        """The randomness of the current batch of VALID or TEST: the same in every pass, for masks and negatives."""
+        return Randomness(self.options.seed).child("evaluation", self.batch_index)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Keep a row (plain values) of VALID or TEST for `StageResult.rows`."""
+        self._recorded.append((self.batch_index, dict(row)))
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None = None) -> None:
+        """Train to the end of the run, from the last checkpoint if there is one.
+
+        Arguments
+        ---------
+        train_loader : yields the micro-batches of an epoch from any update on (`toolkit.data.loader.Loader`).
+        valid_loader : run every ``valid_interval_updates``, or at each epoch's end.
+
+        Raises
+        ------
+        TrainingError : too many updates in a row that are not finite.
+        Requeue : SIGTERM came; a checkpoint was saved and the process ends with code 75.
+        """
+        if self.options.test_only:
+            self.say("test_only: no training.")
+            return
+        self._prepare_fit(train_loader)
+        length = self.progress.length
+        if length.is_reached(self.update):
+            self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
+            return
+        length.start(self.update)
+        with StopSignal() as stop:
+            if self.update == 0 and valid_loader is not None:
+                # One batch now, so that a mistake in the validation shows in the first minute and not after an epoch.
+                self._run_batches(valid_loader, Stage.VALID, max_steps=1)
+            elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
+                # The last session was told to stop just before this validation.
+                self.saver.save(self._validate(valid_loader, self.epoch))
+            while not length.is_reached(self.update):
+                self._train_epoch(train_loader, valid_loader, stop)
+        self._profiler.close()
+        close(train_loader)
+        self.loggers.pause()
+
+    def fit_batch(self, micro: Any) -> None:
+        """Forward and backward of one micro-batch; its gradient adds to that of the update."""
+        self.rng = Randomness(self.options.seed).child("update", self.update, micro.micro)
+        # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
+        torch.manual_seed(self.rng.integer("torch"))
+        self.progress.meter.add_batch(*self.batch_amount(micro.batch))
+        batch = self._to_device(micro.batch)
+        with self.device_row.autocast(self.precision):
+            predictions = self.compute_forward(batch, Stage.TRAIN)
+            objective = self._as_objective(self.compute_objectives(predictions, batch, Stage.TRAIN), batch)
+        self._step.backward(objective.loss_sum)
+        loss_sum, count = on_device(objective.loss_sum, self.device), on_device(objective.count, self.device)
+        self._loss_sum += loss_sum
+        self._count += count
+        self._metrics += [("loss", loss_sum, count), *((name, *pair) for name, pair in objective.metrics.items())]
+        self._seen.append(Seen(micro.micro, tuple(getattr(micro.batch, "ids", ())), loss_sum))
+        self.device_row.mark_step()
+
+    def _train_epoch(self, train_loader: MicroBatches, valid_loader: MicroBatches | None, stop: StopSignal) -> None:
+        epoch = self.epoch
+        self.on_stage_start(Stage.TRAIN, epoch)
+        self.modules.train()
+        self.progress.meter.start()
+        with contextlib.closing(
+            timed(train_loader.epoch(epoch, self.progress.epoch_update), self.progress.meter)
+        ) as micro_batches:
+            for micro in micro_batches:
+                self._tell_bad_audio(micro)
+                if micro.batch is not None:
+                    self.fit_batch(micro)
+                if micro.last:
+                    stops, saves = self._finish_update(stop)
+                    self._after_update(epoch, valid_loader, stops=stops, saves=saves)
+                    if self.progress.length.is_reached(self.update):
+                        break
+                elif stop.received and self.world.size == 1:
+                    # The unfinished gradient is given up: the next session makes this update from its beginning.
+                    self._begin_update()
+                    self._save_and_requeue()
+        self.progress.meter.pause()
+
+    def _begin_update(self) -> None:
+        self._loss_sum: Tensor = torch.zeros((), device=self.device)
+        self._count: Tensor = torch.zeros((), device=self.device)
+        self._metrics: list[tuple[str, Number, Number]] = []
+        self._seen: list[Seen] = []
+
+    def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
+        """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
+        assert self.optimizer is not None
+        progress = self.progress
+        self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
+        main = float(self.world.is_main)
+        # Clocks differ between ranks: what depends on time is decided by the main process, for all.
+        wishes = [float(stop.received), main * self.saver.is_due(self.update + 1), main * self._estimated_total()]
+        finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+        stops, saves, total = finished.values
+        for name, amount, count in self._metrics:
+            progress.add(name, amount, count)
+        # Every rank has the same norm, so the average over ranks is that norm.
+        progress.add("grad_norm", finished.result.grad_norm)
+        self._guard.note(finished.result, self._seen)
+        self._begin_update()
+        progress.advance()
+        progress.length.total = max(int(total), self.update)
+        set_frozen(self.optimizer, self.update)
+        self.on_update_end(finished.result)
+        self._profiler.step()
+        self.loggers.progress(self.update, progress.length.total)
+        return stops > 0, saves > 0
+
+    def _after_update(self, epoch: int, valid_loader: MicroBatches | None, *, stops: bool, saves: bool) -> None:
+        """Whatever is due between two updates: a row, a validation, a checkpoint, the end."""
+        progress = self.progress
+        ends, epoch_ends = progress.length.is_reached(self.update), progress.epoch_update == 0
+        if ends or self.update % self.options.log_interval == 0:
+            self._log_row()
+        elif self._loss_sum.is_cpu:
+            # Tensors of the host can be read at any time.
+            self._guard.check(about=self._about())
+        progress.meter.pause()
+        if ends or epoch_ends:
+            self.on_stage_end(Stage.TRAIN, progress.end_epoch(), epoch)
+        metrics = None
+        if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
+            metrics = self._validate(valid_loader, epoch)
+        if ends:
+            progress.length.mark_finished()
+        if stops and not ends:
+            self._save_and_requeue()
+        if ends or saves or metrics is not None:
+            self.saver.save(metrics)
+        if self.options.debug and not ends and self.update == half_way(self.options):
+            self.saver.rehearse()
+        self.modules.train()
+        progress.meter.start()
+
+    def _is_valid_due(self) -> bool:
+        every = self.options.valid_interval_updates
+        return self.progress.epoch_update == 0 if every is None else self.update % every == 0
+
+    def _is_validated(self) -> bool:
+        return self.progress.final.get("valid", {}).get("update") == self.update
+
+    def _estimated_total(self) -> int:
+        """Total number of updates as this process sees it with the current update done."""
+        length, done = self.progress.length, self.update + 1
+        if length.is_over_time():
+            return done
+        is_power_of_two = done & (done - 1) == 0
+        # Often at first, when little is known about the pace, later with the rows of the log.
+        return length.estimate(done) if is_power_of_two or done % self.options.log_interval == 0 else length.total
+
+    def _log_row(self) -> None:
+        """One row of the log; here, and only here, training waits for the device."""
+        self._guard.check(about=self._about())
+        extra: dict[str, Any] = {"lr": self._learning_rate}
+        if self.loss_scale is not None:
+            extra["loss_scale"] = float(self.loss_scale.value)  # allowed wait: a log step
+        if self._guard.total:
+            extra["skipped_updates"] = self._guard.total
+        row = self.progress.take_row(extra)
+        self.progress.final["train"] = row
+        self.loggers.log(row)
+        for warning in self.health.check(row):
+            self.say(f"warning: {warning}")
+
+    def _about(self) -> dict[str, Any]:
+        """Facts for a crash report."""
+        return {
+            "epoch": self.progress.epochs,
+            "learning_rate": self._learning_rate,
+            "precision": self.precision,
+            "device": str(self.device),
+            "world_size": self.world.size,
+            "options": self.options.as_dict(),
+        }
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        test_loader: MicroBatches,
+        *,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        stage: Stage = Stage.TEST,
+    ) -> StageResult:
+        """Run a set that is shared out over the ranks, and return exact averages.
+
+        Arguments
+        ---------
+        test_loader : its batches (`EvaluationSampler` behind a `Loader`).
+        max_key, min_key : first load the checkpoint with the highest or lowest value of this metric.
+        stage : what ``compute_objectives`` is told.
+        """
+        if max_key or min_key:
+            self.saver.load_weights("best", metric=max_key or min_key, mode="max" if max_key else "min")
+        self.on_stage_start(stage, self.epoch)
+        result = self._run_batches(test_loader, stage, max_steps=self._max_steps())
+        extra = self.on_stage_end(stage, dict(result.metrics), self.epoch) or {}
+        result.metrics.update(extra)
+        return result
+
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Objective:
+        """Forward and objective of one batch (on the device), without gradients."""
+        with torch.no_grad(), self.device_row.autocast(self.precision):
+            predictions = self.compute_forward(batch, stage)
+            return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
+
+    def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
+        self.modules.eval()
+        self.rng = None
+        self._recorded.clear()
+        sums = MetricSums()
+        with contextlib.closing(passed_on(loader.epoch(0))) as micro_batches:
+            for micro in micro_batches:
+                if max_steps is not None and micro.update >= max_steps:
+                    break
+                self._tell_bad_audio(micro)
+                if micro.batch is None:
+                    continue
+                # The number of the batch in the whole set, whatever rank it came to.
+                self.batch_index = micro.update * self.world.size + micro.micro
+                torch.manual_seed(self.eval_rng().integer("torch"))
+                objective = self.evaluate_batch(self._to_device(micro.batch), stage)
+                sums.add("loss", objective.loss_sum, objective.count)
+                for name, (amount, count) in objective.metrics.items():
+                    sums.add(name, amount, count)
+        reduced = sums.reduce(self.world)
+        if reduced.nonfinite:
+            self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
+        rows = sorted((item for part in self.world.gather_objects(self._recorded) for item in part), key=lambda i: i[0])
+        self._recorded = []
+        return StageResult(stage, self.update, reduced.averages(), reduced, [row for _, row in rows])
+
+    def _validate(self, loader: MicroBatches, epoch: int) -> dict[str, float]:
+        began = time.monotonic()
+        self.on_stage_start(Stage.VALID, epoch)
+        metrics = dict(self._run_batches(loader, Stage.VALID, max_steps=self._max_steps()).metrics)
+        metrics.update(self.on_stage_end(Stage.VALID, dict(metrics), epoch) or {})
+        self.progress.length.reserve = time.monotonic() - began
+        row = {"stage": "valid", "update": self.update, "epoch": self.progress.epochs, **metrics}
+        self.loggers.log(row)
+        self.progress.final["valid"] = row
+        return metrics
+
+    def _max_steps(self) -> int | None:
+        return self.options.debug_batches if self.options.debug else None
+
+    # ---- small parts -------------------------------------------------------------------------------------------------
+
+    def _prepare_fit(self, train_loader: MicroBatches) -> None:
+        self.progress.length.require_limit()
+        self.progress.updates_per_epoch = train_loader.updates_per_epoch
+        if self.progress.updates_per_epoch < 1:
+            raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
+        self.optimizer = self.init_optimizers()
+        if self.device_row.needs_scaler(self.precision):
+            self.loss_scale = LossScale(self.device)
+            self.saver.add("loss_scale", self.loss_scale)
+        self._step = UpdateStep(
+            self.optimizer, self.world, max_grad_norm=self.options.max_grad_norm, loss_scale=self.loss_scale
+        )
+        self.saver.add("guard", self._guard)
+        self.saver.add_optimizer(self.optimizer)
+        if not self.saver.resume():
+            share_weights(self.world, self.modules)
+        self.loggers.rewind(self.update)
+        set_frozen(self.optimizer, self.update)
+        if self.options.compile:
+            for module in self.modules.values():
+                module.compile(mode=self.options.compile_mode, dynamic=False)
+        self.say(describe_modules(self.modules))
+        self.on_fit_start()
+
+    def _save_and_requeue(self) -> None:
+        self.saver.save()
+        self.loggers.pause()
+        self.say(f"told to stop: saved at update {self.update}; run the same command again to go on.")
+        raise Requeue
+
+    def _to_device(self, batch: Any) -> Any:
+        """The batch on the device; copies from pinned memory run beside the computation."""
+        return batch.to(self.device, non_blocking=True) if hasattr(batch, "to") else batch
+
+    def _as_objective(self, objective: Objective | Tensor, batch: Any) -> Objective:
+        if isinstance(objective, Objective):
+            return objective
+        if not isinstance(objective, Tensor) or objective.ndim != 0:
+            raise ModelError(
+                f"compute_objectives of {type(self).__name__} returned {type(objective).__name__}, expected an "
+                "Objective or a scalar tensor with the mean loss."
+            )
+        self._say_once(
+            "compute_objectives returned a mean loss; it is weighted by the number of items in the batch. Return an "
+            "Objective(loss_sum, count) where targets differ in number."
+        )
+        return Objective(objective * len(batch), len(batch))
+
+    def _tell_bad_audio(self, micro: Any) -> None:
+        for name, sentence in micro.bad:
+            self._say_once(f"left out {name}: {sentence}")
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.say(sentence)

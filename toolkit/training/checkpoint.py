@@ -1,0 +1,427 @@
+"""Saving a run and going on with it: which checkpoints there are, which to keep, what belongs into one."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.errors import CheckpointError, ConfigError, describe_os_error
+from toolkit.training.checkpoint_format import (
+    CHECKSUMS_NAME,
+    TensorFile,
+    clear_leftovers,
+    delete_folder,
+    host_tensor,
+    join_state,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+    present_folders,
+    problem_of,
+    read_state,
+    some_names,
+    split_state,
+    step_name,
+    write_folder,
+)
+from toolkit.training.distributed import World, run_on_main
+
+__all__ = ["CheckpointInfo", "Checkpointer", "optimizer_from_tensors", "optimizer_to_tensors"]
+
+FORMAT = 1
+COMPILED_PREFIX = "_orig_mod."
+"""What torch.compile puts before the names of the module it wraps."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A valid checkpoint: where it lies, after how many updates, with which metrics, when written (Unix time)."""
+
+    path: Path
+    update: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    time: float = 0.0
+
+
+class Checkpointer:
+    """Checkpoints of one run under a folder (``<output_folder>/save``).
+
+    Arguments
+    ---------
+    folder : made at the first save.
+    keep_last : how many of the newest to keep (at least 1).
+    keep_best : how many of the best by ``best_metric`` to keep besides.
+    best_metric : name among the metrics given to `save`; None: there is no best.
+    best_mode : ``min`` or ``max``.
+    world : the main process writes, every process reads; an error of the main process is raised on all.
+    manifests : name to fingerprint of the manifests whose rows the run goes through; another one on resuming is
+        refused.
+    settings : hyper-parameters of the run (`HparamsPlan.settings`); others on resuming are warned of.
+    log : called with each warning, a sentence; None: ``warnings.warn``.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> model = torch.nn.Linear(2, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpointer = Checkpointer(folder)
+    ...     checkpointer.add("model", model)
+    ...     path = checkpointer.save(10, {"epoch": 1})
+    ...     path.name, checkpointer.load(checkpointer.find_latest())
+    ('step_00000010', {'epoch': 1})
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        world: World | None = None,
+        manifests: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        if keep_last < 1 or keep_best < 0:
+            raise ConfigError(f"keep_last must be 1 or more and keep_best 0 or more, but are {keep_last}, {keep_best}.")
+        if best_mode not in ("min", "max"):
+            raise ConfigError(f"best_mode must be min or max, but is {best_mode!r}.")
+        self.folder = Path(folder)
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.best_metric, self.best_mode = best_metric, best_mode
+        self.world = world or World()
+        self.manifests = dict(manifests or {})
+        self.settings = dict(settings or {})
+        self._log = log
+        self._objects: dict[str, Any] = {}
+        self._verified: set[Path] = set()
+        self._warned: set[str] = set()
+
+    def add(self, name: str, obj: Any) -> None:
+        """Have ``obj`` saved and loaded under ``name``.
+
+        A module's tensors go to ``name.safetensors``; an optimizer's state too, by parameter name (add its modules
+        as well); of anything else with ``state_dict`` and ``load_state_dict`` the tensors go there and plain values
+        to ``state.json``.
+        """
+        if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+            raise ConfigError(f"{name!r} ({type(obj).__name__}) has no state_dict and load_state_dict to be saved by.")
+        if not name.isidentifier() or name in ("state", "checksums"):
+            raise ConfigError(f"{name!r} is no name for a part of a checkpoint; use letters, digits and underscores.")
+        self._objects[name] = obj
+
+    def save(
+        self, update: int, state: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None
+    ) -> Path:
+        """Write the checkpoint after ``update`` updates, then delete those that need not be kept.
+
+        Arguments
+        ---------
+        state : plain values (numbers, text, lists, mappings) that `load` gives back.
+        metrics : numbers by which the best are chosen.
+
+        Raises
+        ------
+        CheckpointError : it could not be written (disk full, no rights); nothing half is left, and those written
+            before stay as they were.
+        """
+        tensors, values = self._collect()
+        content = {
+            "format": FORMAT,
+            "update": int(update),
+            "time": time.time(),
+            "metrics": split_state(dict(metrics or {}), where="the metrics")[0],
+            "state": split_state(dict(state or {}), where="the run")[0],
+            "objects": values,
+            "manifests": self.manifests,
+            "settings": split_state(self.settings, where="the settings")[0],
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        run_on_main(self.world, self._write, int(update), tensors, content)
+        return self.folder / step_name(int(update))
+
+    def _write(self, update: int, tensors: dict[str, dict[str, torch.Tensor]], content: dict[str, Any]) -> None:
+        target = self.folder / step_name(update)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder)
+            write_folder(target, tensors, content)
+        except OSError as error:
+            valid = [info.path.name for info in self.list()]
+            left = f"{', '.join(valid)} remain valid" if valid else "there is no earlier one"
+            raise CheckpointError(
+                f"the checkpoint {target} could not be written ({left}): {describe_os_error(error)}"
+            ) from error
+        self._verified.discard(target)
+        self._delete_old()
+
+    def list(self) -> list[CheckpointInfo]:
+        """The valid checkpoints, oldest first; of each other folder a warning says why it is passed over."""
+        found = []
+        for _, path in present_folders(self.folder):
+            problem = problem_of(path, thorough=False)
+            if problem is None:
+                try:
+                    state = read_state(path)
+                except CheckpointError as error:
+                    problem = str(error).rstrip(".")
+                else:
+                    metrics = {name: _number(value) for name, value in state.get("metrics", {}).items()}
+                    found.append(CheckpointInfo(path, int(state["update"]), metrics, float(state.get("time", 0.0))))
+                    continue
+            self._warn(f"The folder {path} is passed over: {problem}.")
+        return found
+
+    def find_latest(self) -> Path | None:
+        """The newest checkpoint all of whose files are sound, None without one."""
+        return self._first_sound(reversed(self.list()))
+
+    def find_best(self, metric: str | None = None, mode: str | None = None) -> Path | None:
+        """The best sound checkpoint by ``metric`` (None: the one this Checkpointer keeps by), None without one."""
+        return self._first_sound(self._ranked(metric or self.best_metric, mode or self.best_mode))
+
+    def load(
+        self, path: Path | str, *, names: tuple[str, ...] | None = None, resume: bool = True
+    ) -> dict[str, Any]:
+        """Put a checkpoint into the added objects and return the ``state`` it was saved with.
+
+        Arguments
+        ---------
+        names : only these objects; None: all.
+        resume : the run goes on from here: manifests must be the same, changed settings are warned of.
+
+        Raises
+        ------
+        CheckpointError : damaged, of another program, or not fitting the objects; says what and where.
+        """
+        path = Path(path)
+        self._check_sound(path)
+        content = read_state(path)
+        if int(content.get("format", 0)) > FORMAT:
+            raise CheckpointError(f"the checkpoint {path} was written by a newer version of the toolkit; update it.")
+        if resume:
+            self._compare_manifests(path, content.get("manifests", {}))
+            self._compare_settings(path, join_state(content.get("settings", {}), _no_tensor))
+        for name in names if names is not None else tuple(self._objects):
+            if name not in self._objects:
+                raise ConfigError(f"nothing called {name!r} was added; there are {some_names(self._objects)}.")
+            self._load_object(path, name, content.get("objects", {}).get(name))
+        return join_state(content.get("state", {}), _no_tensor)
+
+    def resume(self) -> dict[str, Any] | None:
+        """`load` the newest sound checkpoint; None when the run has not saved yet.
+
+        Raises
+        ------
+        CheckpointError : checkpoints were finished here, and none of them is sound any more.
+        """
+        path = self.find_latest()
+        if path is None:
+            finished = [path for _, path in present_folders(self.folder) if (path / CHECKSUMS_NAME).exists()]
+            if finished:
+                raise CheckpointError(
+                    f"none of the checkpoints in {self.folder} is sound ({some_names(p.name for p in finished)}); "
+                    "restore one from a copy, or delete the folder to begin anew."
+                )
+            return None
+        return self.load(path)
+
+    def average(self, k: int, *, metric: str | None = None, mode: str | None = None) -> dict[str, torch.Tensor]:
+        """Mean of the model's tensors over the ``k`` newest checkpoints, or over the ``k`` best by ``metric``.
+
+        Whole-number tensors are those of the first. Fewer than ``k`` are averaged, with a warning, when there are
+        no more.
+        """
+        if k < 1:
+            raise ConfigError(f"an average takes 1 checkpoint or more, but {k} were asked for.")
+        ranked = self._ranked(metric, mode or self.best_mode) if metric else list(reversed(self.list()))
+        paths = [info.path for info in ranked if self._is_sound(info.path)][:k]
+        if not paths:
+            raise CheckpointError(f"there is no sound checkpoint in {self.folder} to average.")
+        if len(paths) < k:
+            self._warn(f"The average is over {len(paths)} checkpoints, because there are no {k}.")
+        with ExitStack() as stack:
+            files = [stack.enter_context(TensorFile(path, "model")) for path in paths]
+            return {name: _mean([file[name] for file in files]) for name in files[0].names()}
+
+    # ---------------------------------------------------------------- what goes into a checkpoint
+
+    def _collect(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Tensors by file and plain values by object; every process takes part, for tensors sharded over them."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        values: dict[str, Any] = {}
+        for name, obj in self._objects.items():
+            if isinstance(obj, torch.nn.Module):
+                tensors[name] = {_clean(key): host_tensor(value) for key, value in obj.state_dict().items()}
+            elif isinstance(obj, torch.optim.Optimizer):
+                tensors[name], values[name] = optimizer_to_tensors(obj, self._parameter_names())
+            else:
+                values[name], found = split_state(obj.state_dict(), where=name)
+                if found:
+                    tensors[name] = found
+        return tensors, values
+
+    def _parameter_names(self) -> dict[str, torch.Tensor]:
+        return {
+            _clean(key if name == "model" else f"{name}.{key}"): parameter
+            for name, obj in self._objects.items()
+            if isinstance(obj, torch.nn.Module)
+            for key, parameter in obj.named_parameters()
+        }
+
+    def _load_object(self, path: Path, name: str, value: Any) -> None:
+        obj = self._objects[name]
+        if isinstance(obj, torch.nn.Module):
+            with TensorFile(path, name) as file:
+                _load_module(obj, file)
+            return
+        if value is None:
+            raise CheckpointError(f"the checkpoint {path} holds nothing called {name!r}, which this run needs.")
+        if isinstance(obj, torch.optim.Optimizer):
+            with TensorFile(path, name) as file:
+                tensors = {key: file[key] for key in file.names()}
+            optimizer_from_tensors(obj, self._parameter_names(), tensors, value)
+        elif (path / f"{name}.safetensors").exists():
+            with TensorFile(path, name) as file:
+                obj.load_state_dict(join_state(value, file.__getitem__))
+        else:
+            obj.load_state_dict(join_state(value, _no_tensor))
+
+    # ---------------------------------------------------------------- which are sound, which to keep
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned and self.world.is_main:
+            if self._log is not None:
+                self._log(sentence)
+            else:
+                warnings.warn(sentence, stacklevel=3)
+        self._warned.add(sentence)
+
+    def _check_sound(self, path: Path) -> None:
+        if path in self._verified:
+            return
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint {path}; see which there are in {path.parent}.")
+        problem = problem_of(path, thorough=True)
+        if problem is not None:
+            raise CheckpointError(f"the checkpoint {path} is not used: {problem}; take another, or a copy of it.")
+        self._verified.add(path)
+
+    def _is_sound(self, path: Path) -> bool:
+        try:
+            self._check_sound(path)
+        except CheckpointError as error:
+            self._warn(str(error)[0].upper() + str(error)[1:])
+            return False
+        return True
+
+    def _first_sound(self, infos: Any) -> Path | None:
+        """The main process looks (it reads all files); the others take its word."""
+
+        def look() -> Path | None:
+            return next((info.path for info in infos if self._is_sound(info.path)), None)
+
+        found = run_on_main(self.world, look)
+        if found is not None:
+            self._verified.add(found)
+        return found
+
+    def _ranked(self, metric: str | None, mode: str) -> list[CheckpointInfo]:
+        """Checkpoints that have the metric, the best first; of equal ones the later first."""
+        if metric is None:
+            return []
+        sign = -1.0 if mode == "max" else 1.0
+        able = [info for info in self.list() if not math.isnan(info.metrics.get(metric, math.nan))]
+        return sorted(able, key=lambda info: (sign * info.metrics[metric], -info.update))
+
+    def _delete_old(self) -> None:
+        infos = self.list()
+        kept = {info.path for info in infos[-self.keep_last :]}
+        kept |= {info.path for info in self._ranked(self.best_metric, self.best_mode)[: self.keep_best]}
+        for info in infos:
+            if info.path not in kept:
+                delete_folder(info.path)
+                self._verified.discard(info.path)
+
+    # ---------------------------------------------------------------- is it the same run
+
+    def _compare_manifests(self, path: Path, saved: Mapping[str, str]) -> None:
+        names = saved.keys() | self.manifests.keys()
+        changed = [name for name in names if saved.get(name) != self.manifests.get(name)]
+        if saved and self.manifests and changed:
+            raise CheckpointError(
+                f"the data changed since the checkpoint {path}: {some_names(changed)}; its place in the epoch means "
+                "other utterances now. Restore the former manifests to go on with this run, or give another "
+                "--output_folder to begin one on the new data."
+            )
+
+    def _compare_settings(self, path: Path, saved: Mapping[str, Any]) -> None:
+        if not saved or not self.settings:
+            return
+        changed = [
+            f"{name} {_shown(saved, name)} -> {_shown(self.settings, name)}"
+            for name in sorted(saved.keys() | self.settings.keys())
+            if saved.get(name, _ABSENT) != self.settings.get(name, _ABSENT)
+        ]
+        if changed:
+            self._warn(f"Settings differ from those of the checkpoint {path.name}: {some_names(changed, limit=8)}.")
+
+
+_ABSENT = object()
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "(not set)"
+
+
+def _no_tensor(place: str) -> torch.Tensor:
+    raise CheckpointError(f"the checkpoint names a tensor {place!r} where there can be none.")
+
+
+def _number(value: Any) -> float:
+    number = join_state(value, _no_tensor)
+    return float(number) if isinstance(number, int | float) else math.nan
+
+
+def _clean(name: str) -> str:
+    return name.replace(COMPILED_PREFIX, "")
+
+
+def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if not tensors[0].is_floating_point():
+        return tensors[0]
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def _load_module(module: torch.nn.Module, file: TensorFile) -> None:
+    """Copy a file's tensors into a module whose names and shapes are the same."""
+    targets = {_clean(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    names = set(file.names())
+    missing, unexpected = targets.keys() - names, names - targets.keys()
+    shapes = [
+        f"{name} is {file.shape(name)} there and {tuple(targets[name].shape)} here"
+        for name in sorted(names & targets.keys())
+        if file.shape(name) != tuple(targets[name].shape)
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{file.path} does not fit the model: {len(missing)} of {len(targets)} tensors are missing "
+            f"({some_names(missing)}), {len(unexpected)} are not known ({some_names(unexpected)}), {len(shapes)} have "
+            f"another shape ({some_names(shapes)}); use the architecture that the run began with."
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(file[name])

@@ -1,0 +1,428 @@
+"""All that differs between kinds of device, one table row each; nothing else asks what it runs on.
+
+A new kind of device is a new row of :data:`DEVICE_KINDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from toolkit.errors import DeviceError
+from toolkit.training.options import RunOptions
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLUGIN_ERRORS = (ImportError, OSError, RuntimeError)
+"""What importing a device's package raises where the package or its drivers are missing or broken."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_PRODUCT_ERROR = 3e-6
+"""Largest relative error of a float32 product of 256 terms; inputs rounded to bfloat16 give about 2e-3."""
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """One row of the device table.
+
+    ``backend`` is the collectives library, ``plugin`` the package that brings the device to torch, ``install`` what
+    to do where it is missing, ``precisions`` what autocast takes, ``scaled`` the precisions whose loss needs a
+    scaler, ``step_mark`` a ``module:function`` called after each step, ``host_operations`` those known to run on
+    the host, ``environment`` advice on variables. ``has_bf16`` asks the hardware.
+    """
+
+    name: str
+    backend: str
+    install: str
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    scaled: tuple[str, ...] = ("fp16",)
+    plugin: str | None = None
+    has_bf16: Callable[[], bool] = lambda: True
+    pin_memory: bool = False
+    static_shapes: bool = False
+    float64: bool = True
+    step_mark: str | None = None
+    host_operations: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What the processor can do, by torch's names; empty where torch cannot say."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return dict(ask()) if ask is not None else {}
+
+
+def _cpu_has_bf16() -> bool:
+    known = cpu_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def _cuda_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _npu_has_bf16() -> bool:
+    return bool(getattr(_module("npu"), "is_bf16_supported", lambda: False)())
+
+
+def _mps_has_bf16() -> bool:
+    version = platform.mac_ver()[0].split(".")[0]
+    return version.isdigit() and int(version) >= 14
+
+
+DEVICE_KINDS: tuple[DeviceKind, ...] = (
+    DeviceKind(
+        name="cpu",
+        backend="gloo",
+        install="nothing to install",
+        precisions=("fp32", "bf16"),
+        has_bf16=_cpu_has_bf16,
+    ),
+    DeviceKind(
+        name="cuda",
+        backend="nccl",
+        install="an NVIDIA driver and a CUDA build of torch, or an AMD driver and a ROCm build: see pytorch.org",
+        has_bf16=_cuda_has_bf16,
+        pin_memory=True,
+    ),
+    DeviceKind(
+        name="npu",
+        backend="hccl",
+        install='Ascend CANN, then pip install "torch-npu=={torch}.*"',
+        plugin="torch_npu",
+        has_bf16=_npu_has_bf16,
+        pin_memory=True,
+        host_operations=("ctc_loss",),
+        environment=("HCCL_CONNECT_TIMEOUT=1800", "TASK_QUEUE_ENABLE=1"),
+    ),
+    DeviceKind(
+        name="hpu",
+        backend="hccl",
+        install="Intel Gaudi's own installer or container (habana-torch-plugin is not on the package index)",
+        plugin="habana_frameworks.torch",
+        static_shapes=True,
+        step_mark="habana_frameworks.torch.core:mark_step",
+        host_operations=("ctc_loss",),
+        environment=("PT_HPU_LAZY_MODE=0",),
+    ),
+    DeviceKind(
+        name="xpu",
+        backend="xccl",
+        install="Intel's GPU driver and an XPU build of torch: see pytorch.org",
+        pin_memory=True,
+        host_operations=("ctc_loss",),
+    ),
+    DeviceKind(
+        name="mps",
+        backend="gloo",
+        install="macOS 14 or newer on Apple silicon with torch's own Mac build",
+        has_bf16=_mps_has_bf16,
+        float64=False,
+        host_operations=("ctc_loss",),
+        environment=("PYTORCH_ENABLE_MPS_FALLBACK=1",),
+    ),
+)
+
+
+def device_kind(name: str) -> DeviceKind:
+    """The row called ``name``; DeviceError when the table has none."""
+    for kind in DEVICE_KINDS:
+        if kind.name == name:
+            return kind
+    known = ", ".join(kind.name for kind in DEVICE_KINDS)
+    raise DeviceError(f"--device {name!r} is no device known here; choose auto or one of {known}.")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is there: its row and its torch device.
+
+    Example
+    -------
+    >>> device = resolve_device("cpu")
+    >>> device.type, device.resolve_precision("fp32")
+    ('cpu', 'fp32')
+    """
+
+    kind: DeviceKind
+    torch_device: torch.device
+
+    @property
+    def type(self) -> str:
+        """Torch's device type."""
+        return self.torch_device.type
+
+    @property
+    def backend(self) -> str:
+        """The collectives library for processes on this kind of device."""
+        return self.kind.backend
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are better copied from page-locked host memory."""
+        return self.kind.pin_memory
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether every new shape costs a compilation."""
+        return self.kind.static_shapes
+
+    @property
+    def name(self) -> str:
+        """The device in words, such as ``cuda:0 (NVIDIA H100)``."""
+        if self.type == "cpu":
+            model = cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+            return f"cpu ({model})"
+        ask = getattr(_module(self.type), "get_device_name", None)
+        return f"{self.torch_device}" + (f" ({ask(self.torch_device)})" if ask is not None else "")
+
+    def resolve_precision(self, precision: str) -> str:
+        """``fp32``, ``bf16`` or ``fp16`` for what was asked; ``auto`` takes bf16 where the hardware has it.
+
+        Raises
+        ------
+        DeviceError : the device does not have it.
+        """
+        if precision == "auto":
+            return "bf16" if "bf16" in self.kind.precisions and self.kind.has_bf16() else "fp32"
+        if precision not in DTYPES:
+            raise DeviceError(f"--precision {precision!r} is unknown; choose auto, {', '.join(DTYPES)}.")
+        if precision not in self.kind.precisions:
+            raise DeviceError(
+                f"--precision {precision} is not to be had on {self.name}; choose one of "
+                f"{', '.join(self.kind.precisions)}."
+            )
+        # A CPU without bf16 products computes them all the same, only slowly: prepare_process says so.
+        if precision == "bf16" and self.type != "cpu" and not self.kind.has_bf16():
+            others = ", ".join(name for name in self.kind.precisions if name != "bf16")
+            raise DeviceError(f"--precision bf16 is not supported by {self.name}; choose one of {others}.")
+        return precision
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """The context in which a step runs; it does nothing for fp32."""
+        resolved = self.resolve_precision(precision)
+        if resolved == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(device_type=self.type, dtype=DTYPES[resolved])
+
+    def needs_scaler(self, precision: str) -> bool:
+        """Whether the loss must be scaled up so that small gradients are not lost."""
+        return self.resolve_precision(precision) in self.kind.scaled
+
+    def synchronize(self) -> None:
+        """Wait for all work given to the device."""
+        ask = getattr(_module(self.type), "synchronize", None)
+        if ask is not None:
+            ask()
+
+    def mark_step(self) -> None:
+        """Tell a device that collects operations that a step has ended."""
+        if self.kind.step_mark is not None:
+            module, function = self.kind.step_mark.split(":")
+            getattr(importlib.import_module(module), function)()
+
+    def reset_peak_memory(self) -> None:
+        """Begin a new measurement of `peak_memory_bytes`."""
+        if self.type == "cpu":
+            with contextlib.suppress(OSError):  # Linux only, and not in every container
+                Path("/proc/self/clear_refs").write_text("5")
+        reset = getattr(_module(self.type), "reset_peak_memory_stats", None)
+        if reset is not None:
+            reset()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory in use: tensors on an accelerator, the whole process on the CPU."""
+        ask = getattr(_module(self.type), "max_memory_allocated", None)
+        if self.type != "cpu" and ask is not None:
+            return int(ask())
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        # macOS counts in bytes, Linux in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _module(type_name: str) -> ModuleType | None:
+    """Torch's module for a device type (torch.npu, ...), None without one."""
+    return getattr(torch, type_name, None)
+
+
+def device_count(kind: DeviceKind) -> tuple[int, str]:
+    """How many devices of this kind there are, and why none (a half sentence) when there is none."""
+    if kind.name == "cpu":
+        return 1, ""
+    if kind.plugin is not None and _module(kind.name) is None:
+        try:
+            importlib.import_module(kind.plugin)
+        except PLUGIN_ERRORS as error:
+            return 0, f"{kind.plugin} cannot be imported ({str(error).splitlines()[0] if str(error) else error!r})"
+    module = _module(kind.name)
+    if module is None:
+        return 0, f"this build of torch has no torch.{kind.name}"
+    try:
+        available = torch.backends.mps.is_available() if kind.name == "mps" else module.is_available()
+        count = int(module.device_count()) if available else 0
+    except PLUGIN_ERRORS as error:
+        return 0, f"its driver refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+    return count, "" if count else f"torch {torch.__version__} finds no such device"
+
+
+def install_words(kind: DeviceKind) -> str:
+    """What to install to get this kind of device."""
+    release = ".".join(torch.__version__.split("+")[0].split(".")[:3])
+    return kind.install.format(torch=release)
+
+
+def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
+    """The device that ``wanted`` means for this process.
+
+    Arguments
+    ---------
+    wanted : ``auto`` (the accelerator if there is one, else the CPU), a kind (``cuda``), or one device (``cuda:1``).
+    local_rank : number of this process on its machine; it takes the device of that number.
+
+    Raises
+    ------
+    DeviceError : no such device here; says what there is and what to install.
+    """
+    wanted = str(wanted).strip().lower()
+    if wanted == "auto":
+        wanted = _accelerator_type()
+    name, _, number = wanted.partition(":")
+    kind = device_kind(name)
+    if number and not number.isdigit():
+        raise DeviceError(f"--device {wanted!r} ends in no number; write {name} or {name}:0.")
+    count, reason = device_count(kind)
+    if not count:
+        there = [other.name for other in DEVICE_KINDS if device_count(other)[0]]
+        raise DeviceError(
+            f"--device {wanted}: there is none here, because {reason}; here are: {', '.join(there)}; "
+            f"{name} needs {install_words(kind)}."
+        )
+    if kind.name == "cpu":
+        return Device(kind, torch.device("cpu"))
+    if number and local_rank and int(number) != local_rank:
+        raise DeviceError(f"--device {wanted} names one device for several processes; write --device {name}.")
+    index = int(number) if number else local_rank
+    if index >= count:
+        raise DeviceError(
+            f"--device {name}:{index} does not exist: this machine has {count} ({name}:0 to {name}:{count - 1})"
+            + ("; start as many processes as there are devices." if not number else ".")
+        )
+    module = _module(kind.name)
+    if hasattr(module, "set_device"):
+        module.set_device(index)
+    return Device(kind, torch.device(kind.name, index))
+
+
+def _accelerator_type() -> str:
+    """Type of torch's accelerator if the table has it and it is there, else ``cpu``."""
+    for kind in DEVICE_KINDS:
+        if kind.plugin is not None and importlib.util.find_spec(kind.plugin.split(".")[0]) is not None:
+            device_count(kind)  # its import announces the accelerator to torch
+    if not torch.accelerator.is_available():
+        return "cpu"
+    found = torch.accelerator.current_accelerator()
+    known = [kind.name for kind in DEVICE_KINDS]
+    return found.type if found is not None and found.type in known else "cpu"
+
+
+def prepare_process(device: Device, options: RunOptions) -> list[str]:
+    """Make the settings that a run on ``device`` wants of its process, before the first large tensor.
+
+    Returns
+    -------
+    One sentence for each setting made, for the log. ``options.fast_allocator``, ``options.fast_products`` and
+    ``options.threads`` switch them.
+    """
+    said: list[str] = []
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+        said.append(f"Threads: {options.threads} for products on the CPU, as asked.")
+    if device.type == "cpu":
+        said.append(_keep_memory() if options.fast_allocator else "Allocator: left as it is, as asked.")
+        said.append(_exact_fast_products() if options.fast_products else "Products: left as they are, as asked.")
+        if options.precision == "bf16" and not device.kind.has_bf16():
+            said.append("Precision: this CPU has no bf16 products and emulates them slowly; fp32 may be faster.")
+    elif device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        said.append("Products: float32 stays float32 (TF32 off); --precision bf16 is the fast path.")
+    elif device.type == "npu":
+        for part in ("matmul", "conv"):
+            if hasattr(_module("npu"), part):
+                getattr(_module("npu"), part).allow_hf32 = False
+        said.append("Products: float32 stays float32 (HF32 off); --precision bf16 is the fast path.")
+    missing = [setting for setting in device.kind.environment if setting.split("=")[0] not in os.environ]
+    if missing:
+        said.append(f"Environment: {' '.join(missing)} is advised for {device.kind.name}.")
+    return said
+
+
+def _keep_memory() -> str:
+    """glibc hands large freed blocks back to the kernel, and every new activation is page-faulted in again."""
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return "Allocator: left as it is (the setting is for glibc)."
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return "Allocator: left as MALLOC_MMAP_THRESHOLD_ in the environment sets it."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        return "Allocator: glibc refused to keep freed memory; activations will be slower."
+    return "Allocator: freed memory stays in the process (glibc mallopt; --fast_allocator False leaves it)."
+
+
+def product_error(size: int = 256) -> float:
+    """Relative error of one float32 product against float64 (largest error over largest entry)."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    return float(((left @ right).double() - exact).abs().max() / exact.abs().max())
+
+
+def _exact_fast_products() -> str:
+    """Send float32 products to oneDNN, which on CPUs without AMX is about twice MKL's AVX2 path, and as exact."""
+    # The switch allows bf16 inside float32 products; only a CPU with AMX has such kernels and would round.
+    # It must be known, not only likely, that there is none.
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if cpu_capabilities().get("amx_tile") is not False:
+        return "Products: left to torch's own choice (oneDNN's switch would round float32 on this CPU)."
+    if not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):
+        return "Products: left to torch's own choice (this torch has no oneDNN switch)."
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    error = product_error()
+    if not error < LARGEST_PRODUCT_ERROR:
+        settings.fp32_precision = before
+        return f"Products: left to torch's own choice (oneDNN's float32 product was off by {error:.1e})."
+    return f"Products: float32 by oneDNN, checked against float64 (error {error:.1e}; --fast_products False leaves it)."
+
+
+def device_table() -> str:
+    """The table that ``python -m toolkit devices`` prints."""
+    rows = [("device", "here", "precisions", "collectives", "remarks")]
+    for kind in DEVICE_KINDS:
+        count, reason = device_count(kind)
+        here = str(count) if count else "no"
+        able = [name for name in kind.precisions if not count or name != "bf16" or kind.has_bf16()]
+        remarks = Device(kind, torch.device(kind.name)).name if count else f"{reason}; needs {install_words(kind)}"
+        if count and kind.host_operations:
+            remarks += f"; on the host: {', '.join(kind.host_operations)}"
+        rows.append((kind.name, here, " ".join(able), kind.backend, remarks))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    chosen = resolve_device("auto")
+    return "\n".join([*lines, "", f"auto means {chosen.name}, precision {chosen.resolve_precision('auto')}."])

@@ -1,0 +1,292 @@
+"""Several processes as one run: the process group, sums that are the same on every rank, gradients in flat pieces."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from toolkit import errors
+from toolkit.errors import DeviceError, ToolkitError
+from toolkit.training.devices import Device
+
+BUCKET_MEGABYTES = 32.0
+"""Gradients are summed in flat pieces of about this size: few messages, and the first travels while others pack."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run; ``World()`` is a run of one process, where every sum is the value itself.
+
+    Example
+    -------
+    >>> world = World()
+    >>> world.is_main, world.all_reduce_sum(3.5), world.gather_objects("a")
+    (True, 3.5, ['a'])
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    backend: str | None = None
+    timeout_minutes: float = 30.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            # An object rather than torch's own barrier: that one guesses a device, and may guess wrong.
+            self.gather_objects(None)
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """``value`` of the process ``source``, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with self._in_words("send an object"):
+            dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all processes in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        with self._in_words("gather objects"):
+            dist.all_gather_object(box, value)
+        return box
+
+    def all_reduce_sum(self, value: Any) -> Any:
+        """Sum over processes, the same bits on every one.
+
+        Arguments
+        ---------
+        value : a tensor or a list of tensors, summed in place without waiting for the device; or a number, or a
+            mapping of names to numbers, summed in float64 in rank order (whole numbers stay whole).
+
+        Returns
+        -------
+        The same tensors, or the new number or dict.
+        """
+        if isinstance(value, torch.Tensor):
+            self._sum_tensors([value])
+            return value
+        if isinstance(value, list):
+            self._sum_tensors(value)
+            return value
+        if isinstance(value, Mapping):
+            every = self.gather_objects({name: _host_number(item) for name, item in value.items()})
+            names = dict.fromkeys(name for one in every for name in one)
+            return {name: _ordered_sum([one.get(name, 0) for one in every]) for name in names}
+        return _ordered_sum(self.gather_objects(_host_number(value)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return any(self.gather_objects(bool(flag)))
+
+    def close(self) -> None:
+        """Leave the process group; harmless without one."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _sum_tensors(self, tensors: list[torch.Tensor]) -> None:
+        if self.size > 1:
+            with self._in_words("sum tensors"):
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+
+    def _in_words(self, action: str) -> _InWords:
+        return _InWords(self, action)
+
+
+@dataclass(frozen=True)
+class _InWords:
+    """Turns a collective's failure into one sentence."""
+
+    world: World
+    action: str
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, ToolkitError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            late = "timeout" in first.lower() or "timed out" in first.lower()
+            why = (
+                f"another process was not there within {self.world.timeout_minutes:g} minutes; look at its last "
+                "lines, or raise --distributed_timeout_minutes"
+                if late
+                else "another process has ended or the network failed; look at the first error in all logs"
+            )
+            raise DeviceError(
+                f"process {self.world.rank} of {self.world.size} could not {self.action}: {why} ({first})."
+            ) from error
+
+
+def _host_number(value: Any) -> int | float:
+    """A number on the host: whole numbers as int, others as float64."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, bool | int | np.integer):
+        return int(value)
+    return float(value)
+
+
+def _ordered_sum(values: list[int | float]) -> int | float:
+    """Plain addition in rank order: every process adds the same numbers the same way."""
+    total: int | float = 0
+    for value in values:
+        total = total + value
+    return total
+
+
+def environment_rank(local_rank: int | None = None) -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) as a launcher set them; (0, 0, 1) without one.
+
+    Raises
+    ------
+    DeviceError : a variable is no whole number, or some are missing.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    rank, size = _environment_number("RANK"), _environment_number("WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise DeviceError(f"the environment sets RANK={rank} and WORLD_SIZE={size}; RANK must lie below WORLD_SIZE.")
+    if "LOCAL_RANK" in os.environ:
+        local_rank = _environment_number("LOCAL_RANK")
+    return rank, rank if local_rank is None else local_rank, size
+
+
+def _environment_number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError) as error:
+        raise DeviceError(
+            f"the environment variable {name} is {os.environ.get(name)!r}, but a whole number is needed beside "
+            "the others of a launcher; start with torchrun."
+        ) from error
+
+
+def init_world(
+    device: Device, *, backend: str | None = None, timeout_minutes: float = 30.0, local_rank: int | None = None
+) -> World:
+    """Join the process group that the environment describes (torchrun); one process without such.
+
+    Arguments
+    ---------
+    backend : the collectives library; None takes the device's own (gloo for the CPU, nccl for CUDA, ...).
+    timeout_minutes : how long a process waits for the others.
+
+    Raises
+    ------
+    DeviceError : the group cannot be formed; says why.
+    """
+    rank, local_rank, size = environment_rank(local_rank)
+    if size == 1:
+        return World(timeout_minutes=timeout_minutes)
+    chosen = backend or device.backend
+    if not dist.is_available():
+        raise DeviceError("this build of torch has no torch.distributed; run one process, without torchrun.")
+    # Objects and host tensors travel by gloo, the device's tensors by its own library.
+    config = chosen if device.type == "cpu" or ":" in chosen else f"cpu:gloo,{device.type}:{chosen}"
+    bound = device.torch_device if chosen == "nccl" else None
+    try:
+        dist.init_process_group(
+            config, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), device_id=bound
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DeviceError(
+            f"process {rank} of {size} on {socket.gethostname()} could not join the others at {address} by {chosen} "
+            f"within {timeout_minutes:g} minutes ({reason}); are all started, with one address, and is the port free?"
+        ) from error
+    return World(rank, local_rank, size, chosen, timeout_minutes)
+
+
+def reduce_gradients(
+    world: World, parameters: Iterable[torch.nn.Parameter], *, bucket_mb: float = BUCKET_MEGABYTES
+) -> None:
+    """Replace each gradient by its sum over all processes.
+
+    Gradients travel in flat pieces, each sent while the next is packed. A gradient that a process does not have (a
+    layer it left out) counts as zeros; afterwards every parameter that takes part has one. All processes must pass
+    the same parameters in the same order. With one process nothing happens.
+    """
+    if world.size == 1:
+        return
+    sent: list[tuple[list[torch.nn.Parameter], torch.Tensor, Any]] = []
+    with world._in_words("sum gradients"):
+        for bucket in _buckets(parameters, int(bucket_mb * 2**20)):
+            rows = [_gradient(parameter).reshape(-1) for parameter in bucket]
+            flat = rows[0] if len(rows) == 1 else torch.cat(rows)
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in sent:
+            work.wait()
+            pieces = flat.split([parameter.numel() for parameter in bucket])
+            gradients = [_gradient(parameter) for parameter in bucket]
+            shaped = [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+            torch._foreach_copy_(gradients, shaped)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter's gradient, made as zeros where there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(parameters: Iterable[torch.nn.Parameter], limit: int) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters that take gradients, in groups of one type and device of at most ``limit`` bytes (or one alone)."""
+    bucket: list[torch.nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        size = parameter.numel() * parameter.element_size()
+        alike = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (held + size > limit or not alike):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += size
+    if bucket:
+        yield bucket
+
+
+def run_on_main(world: World, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` on the main process while the others wait; its result comes to all.
+
+    An error of the toolkit on the main process is raised on every process, so that none waits for ever.
+    """
+    if world.size == 1:
+        return function(*args, **kwargs)
+    outcome: tuple[str, Any] = ("none", None)
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            outcome = ("value", function(*args, **kwargs))
+        except (ToolkitError, OSError) as error:
+            failure, outcome = error, ("error", (type(error).__name__, _sentence(error)))
+    kind, value = world.broadcast_object(outcome)
+    if failure is not None:
+        raise failure
+    if kind == "error":
+        raise getattr(errors, value[0], ToolkitError)(value[1])
+    return value
+
+
+def _sentence(error: BaseException) -> str:
+    return errors.describe_os_error(error) if isinstance(error, OSError) and error.errno else str(error)

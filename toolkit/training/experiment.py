@@ -1,0 +1,419 @@
+"""What every recipe repeats around its Brain: starting, preparing, loaders, evaluation, summary.
+
+A whole recipe script is then this::
+
+    class ASR(Brain):
+        def compute_forward(self, batch, stage):
+            # self.rng: Randomness of this micro-batch in TRAIN, None in VALID and TEST
+            return self.modules.model(batch.waveforms, batch.lengths, rng=self.rng, update=self.update)
+
+        def compute_objectives(self, predictions, batch, stage):
+            loss, count = ctc_loss(predictions.log_probs, ...)                      # a sum, and of how many
+            if stage is Stage.TRAIN:
+                return Objective(loss, count)
+            errors = ...                                                            # decode, compare with batch.texts
+            self.record({"id": ..., "reference": ..., "hypothesis": ...})           # a row of test_hypotheses.jsonl
+            return Objective(loss, count, {"wer": (100.0 * errors.words, errors.reference_words)})
+
+
+    def main(argv):
+        with start(argv, script=__file__) as experiment:
+            hparams = experiment.hparams
+            manifests = experiment.prepare(prepare_corpus, data_folder=hparams["data_folder"])
+            train, valid, tests = make_datasets(hparams, manifests)
+            brain = experiment.brain(
+                ASR,
+                modules={"model": hparams["model"]},
+                opt_class=hparams["opt_class"],
+                schedule=hparams["schedule"],
+                parameter_groups=hparams["parameter_groups"],
+                best_metric="wer",
+            )
+            seconds = hparams["batch_seconds"]
+            brain.fit(
+                experiment.train_loader(train, batch_seconds=seconds, effective_batch=hparams["effective_batch"]),
+                experiment.eval_loader(valid, batch_seconds=seconds),
+            )
+            experiment.finish(
+                brain,
+                tests={name: experiment.eval_loader(data, batch_seconds=seconds) for name, data in tests.items()},
+                save_model=lambda folder: save_model_folder(folder, hparams["model"], kind="ctc", ...),
+                evaluate="best",           # or "last", "average"
+            )
+
+
+    if __name__ == "__main__":
+        sys.exit(run_main(main))
+
+``brain.fit`` resumes by itself. ``--test_only`` makes it return at once. ``--debug`` shortens everything, in the same
+output folder, which a real run afterwards starts anew. SIGTERM saves a checkpoint and ends the process with exit code
+75: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.data.batch import collate_speech
+from toolkit.data.loader import Loader
+from toolkit.data.sampler import BucketSampler, EvaluationSampler
+from toolkit.errors import CheckpointError, ConfigError
+from toolkit.seeds import derive_seed
+from toolkit.training.brain import Brain
+from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.context import RunContext
+from toolkit.training.devices import prepare_process, resolve_device
+from toolkit.training.distributed import environment_rank, init_world, run_on_main
+from toolkit.training.folders import FolderLock, open_output_folder, write_atomic
+from toolkit.training.health import HealthMonitor
+from toolkit.training.hparams import HparamsPlan, help_text, plan_hparams
+from toolkit.training.loggers import Console, JsonLinesLogger, Logger, Loggers, TensorBoardLogger, TextLogger
+from toolkit.training.metrics import MetricSums
+from toolkit.training.objective import StageResult
+from toolkit.training.optim import ParameterGroup
+from toolkit.training.options import RunOptions, parse_arguments
+from toolkit.training.schedules import Schedule
+from toolkit.training.summary import format_summary, summarize, write_summary
+
+DEBUG_MARK = "debug_run"
+"""Marks an output folder whose results come from --debug, so that a real run does not go on from them."""
+
+RESULTS = (
+    "save", "model", "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl", "crash_report.json",
+)  # fmt: skip
+"""What a run leaves in its output folder, beside logs and what was prepared."""
+
+
+class Experiment:
+    """One run of a recipe: its settings and place, and what recipes do with them. Made by `start`.
+
+    Arguments
+    ---------
+    hparams : the YAML, built.
+    options : how to run.
+    context : device, ranks, loggers, output folder.
+    settings : plain values that decide results, compared when a run is resumed.
+    lock : of the output folder (main process).
+    """
+
+    def __init__(
+        self,
+        hparams: dict[str, Any],
+        options: RunOptions,
+        context: RunContext,
+        *,
+        settings: Mapping[str, Any],
+        lock: FolderLock | None = None,
+    ) -> None:
+        self.hparams, self.options, self.context, self.settings = hparams, options, context, settings
+        self.device, self.world, self.loggers = context.device, context.world, context.loggers
+        self.output_folder: Path = context.output_folder or Path()
+        self._lock = lock
+        self._manifests: dict[str, str] = {}
+        self._checkpointer: Checkpointer | None = None
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the process group, end the loggers, unlock the output folder."""
+        self.loggers.close()
+        self.world.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def say(self, sentence: object) -> None:
+        """A sentence for the log (of the main process)."""
+        self.loggers.say(str(sentence))
+
+    def prepare(self, function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+        """Call ``function`` on the main process while the others wait; its result (plain values) comes to all."""
+        return run_on_main(self.world, function, *args, **arguments)
+
+    def brain(
+        self,
+        kind: type[Brain],
+        *,
+        modules: Mapping[str, nn.Module],
+        opt_class: Callable[..., torch.optim.Optimizer] | None = None,
+        schedule: Schedule | None = None,
+        parameter_groups: Sequence[ParameterGroup] = (),
+        health: HealthMonitor | None = None,
+        best_metric: str = "loss",
+        best_mode: str = "min",
+    ) -> Any:
+        """A Brain of class ``kind`` in this run, with a Checkpointer on ``<output_folder>/save``.
+
+        Arguments
+        ---------
+        best_metric, best_mode : which value of the validation decides what is best, and whether low or high is.
+        others : as for `Brain`.
+        """
+        self._checkpointer = Checkpointer(
+            self.output_folder / "save",
+            keep_last=self.options.keep_last,
+            keep_best=self.options.keep_best,
+            best_metric=best_metric,
+            best_mode=best_mode,
+            world=self.world,
+            manifests=self._manifests,
+            settings=self.settings,
+            log=self.say,
+        )
+        return kind(
+            modules,
+            opt_class,
+            self.hparams,
+            self.options,
+            self._checkpointer,
+            schedule=schedule,
+            parameter_groups=parameter_groups,
+            health=health,
+            context=self.context,
+            sample_rate=int(self.hparams.get("sample_rate", 16000)),
+        )
+
+    def train_loader(
+        self,
+        dataset: Any,
+        *,
+        batch_seconds: float,
+        effective_batch: float | None = None,
+        mode: str = "pad",
+        num_buckets: int | None = None,
+        order: str = "random",
+        max_seconds: float | None = None,
+        max_batch_size: int | None = None,
+        sample_rate: int | None = None,
+        collate: Callable[..., Any] = collate_speech,
+    ) -> Loader:
+        """The training set in buckets; accumulation follows from ``effective_batch`` and is printed.
+
+        Arguments
+        ---------
+        dataset : a `DynamicItemDataset` (its manifest has the durations; a change of it is noticed on resuming).
+        sample_rate : Hz; None = the YAML's.
+        others : as for `BucketSampler`.
+        """
+        sampler = BucketSampler(
+            dataset.manifest.durations,
+            batch_seconds=batch_seconds,
+            effective_batch=effective_batch,
+            mode=mode,  # type: ignore[arg-type]
+            num_buckets=num_buckets,
+            order=order,  # type: ignore[arg-type]
+            seed=self.options.seed,
+            sample_rate=sample_rate or int(self.hparams.get("sample_rate", 16000)),
+            max_seconds=max_seconds,
+            world_size=self.world.size,
+            max_batch_size=max_batch_size,
+        )
+        self._manifests["train"] = dataset.manifest.fingerprint()
+        if self._checkpointer is not None:
+            self._checkpointer.manifests.update(self._manifests)
+        if not self.options.test_only:
+            self.say(sampler.report())
+        return self._loader(dataset, sampler, collate)
+
+    def eval_loader(
+        self, dataset: Any, *, batch_seconds: float, collate: Callable[..., Any] = collate_speech
+    ) -> Loader:
+        """A validation or test set, shared out over the ranks, nothing dropped."""
+        sampler = EvaluationSampler(
+            dataset.manifest.durations, batch_seconds=batch_seconds, world_size=self.world.size
+        )
+        return self._loader(dataset, sampler, collate)
+
+    def _loader(self, dataset: Any, sampler: Any, collate: Callable[..., Any]) -> Loader:
+        return Loader(
+            dataset,
+            sampler,
+            collate=collate,
+            num_workers=self.options.num_workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.options.seed,
+            max_bad_share=self.options.max_bad_share,
+            pin_memory=self.device.pin_memory,
+        )
+
+    def finish(
+        self,
+        brain: Brain,
+        *,
+        tests: Mapping[str, Loader] | None = None,
+        save_model: Callable[[Path], Any] | None = None,
+        evaluate: str = "best",
+    ) -> dict[str, Any]:
+        """Choose the weights, write ``model/``, evaluate, write and print the summary.
+
+        Arguments
+        ---------
+        tests : name to loader of each test set. Scores are pooled over all of them (``test_<metric>``), and by set.
+        save_model : writes the model into the folder it is given (main process only).
+        evaluate : "best" (by the best metric of the validation), "last", or "average" (of the last ``keep_last``).
+
+        Returns
+        -------
+        The summary, as in ``summary.json``.
+
+        Raises
+        ------
+        CheckpointError : ``test_only`` without a checkpoint or a pretrained model.
+        """
+        loaded = brain.saver.load_weights(evaluate)
+        if self.options.test_only and not loaded and not self.hparams.get("pretrained"):
+            raise CheckpointError(
+                f"there is nothing to evaluate: {self.output_folder / 'save'} holds no checkpoint and no pretrained "
+                "model was given; train first, or name the folder of a run with --output_folder."
+            )
+        model_folder = self.output_folder / "model"
+        if save_model is not None and not (self.options.test_only and model_folder.exists()):
+            run_on_main(self.world, _without_result, save_model, model_folder)
+        values = summarize(brain)
+        if self.options.test_only:
+            values = {**values, **_read_json(self.output_folder / "summary.json")}
+        values |= self._run_tests(brain, tests or {})
+        if self.world.is_main:
+            write_summary(self.output_folder, values)
+        self.say(format_summary(values))
+        if self.options.debug and not self.options.test_only:
+            self.say("debug run complete: train, validation, checkpoint, resume and test have run; now without it.")
+        self.say(f"all of it is in {self.output_folder}")
+        return values
+
+    def _run_tests(self, brain: Brain, tests: Mapping[str, Loader]) -> dict[str, Any]:
+        pooled, by_set, rows = MetricSums(), {}, []
+        for name, loader in tests.items():
+            result: StageResult = brain.evaluate(loader)
+            self.loggers.log({"stage": "test", "update": brain.update, "set": name, **result.metrics})
+            pooled.merge(result.sums)
+            by_set[name] = result.metrics
+            rows += [{**row, "set": name} if len(tests) > 1 else row for row in result.rows]
+        if rows and self.world.is_main:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomic(self.output_folder / "test_hypotheses.jsonl", lines)
+        scores = {f"test_{name}": value for name, value in pooled.averages().items()}
+        return {**scores, "tests": by_set} if tests else {}
+
+
+def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experiment:
+    """From a command line to an `Experiment`: everything checked first, then built.
+
+    Arguments
+    ---------
+    argv : ``hparams.yaml --key value ...``, without the program's name.
+    script : the recipe's own file; a copy is kept in the output folder.
+
+    Raises
+    ------
+    ConfigError, DeviceError : what is wrong with the YAML, the command line, the device.
+    SystemExit : ``--help`` was asked for and printed.
+    """
+    arguments = parse_arguments(argv)
+    if arguments.help:
+        print(help_text(arguments.hparams_file))
+        raise SystemExit(0)
+    if arguments.hparams_file is None:
+        raise ConfigError("no YAML file was given; write `python train.py hparams/NAME.yaml --key value ...`.")
+    plan = plan_hparams(arguments.hparams_file, arguments.overrides, options=arguments.options)
+    options = RunOptions.from_values(plan.values, arguments.options)
+    if not plan.values.get("output_folder"):
+        raise ConfigError(f"{plan.path} has no output_folder; add the key, or give --output_folder.")
+    folder = Path(plan.values["output_folder"]).expanduser()
+    device = resolve_device(options.device, local_rank=environment_rank(options.local_rank)[1])
+    device.resolve_precision(options.precision)
+    said = prepare_process(device, options)
+    world = init_world(
+        device,
+        backend=options.distributed_backend,
+        timeout_minutes=options.distributed_timeout_minutes,
+        local_rank=options.local_rank,
+    )
+    locks: list[FolderLock] = []
+    loggers = Loggers()
+    try:
+        run_on_main(world, _open_folder, folder, options, plan, script, locks)
+        if world.is_main:
+            loggers = _loggers(folder, options)
+        precision = device.resolve_precision(options.precision)
+        loggers.say(f"{shlex.join([Path(sys.argv[0]).name, *argv])}: writing to {folder}")
+        loggers.say(f"{device.name}, precision {precision}, {world.size} process{'es' if world.size > 1 else ''}")
+        for sentence in said:
+            loggers.say(sentence)
+        torch.manual_seed(derive_seed(options.seed, "model"))
+        hparams = plan.build()
+    except BaseException:
+        # Not even a folder's lock may outlive a start that failed.
+        for lock in locks:
+            lock.release()
+        loggers.close()
+        world.close()
+        raise
+    context = RunContext(device, world, loggers, folder)
+    return Experiment(hparams, options, context, settings=plan.settings(), lock=locks[0] if locks else None)
+
+
+def _open_folder(
+    folder: Path, options: RunOptions, plan: HparamsPlan, script: str | Path | None, locks: list[FolderLock]
+) -> None:
+    """Lock the output folder, clear it of a debug run, and keep there what was run (main process)."""
+    locks.append(open_output_folder(folder))
+    mark = folder / DEBUG_MARK
+    if options.debug and not options.test_only and (folder / "save").exists() and not mark.exists():
+        raise ConfigError(
+            f"{folder} holds a run, which --debug would overwrite; give the debug run another --output_folder."
+        )
+    if mark.exists() and not options.test_only:
+        for name in RESULTS:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        mark.unlink()
+    if options.debug and not options.test_only:
+        mark.write_text("The results in this folder come from --debug; a real run deletes them.\n")
+    plan.save(folder)
+    if script is not None and Path(script).exists():
+        shutil.copyfile(script, folder / Path(script).name)
+    write_atomic(folder / "env.log", describe_environment())
+
+
+def _loggers(folder: Path, options: RunOptions) -> Loggers:
+    """What the main process writes to."""
+    writers: list[Logger] = [JsonLinesLogger(folder / "metrics.jsonl"), TextLogger(folder / "log.txt")]
+    if options.tensorboard:
+        writers.append(TensorBoardLogger(folder / "tensorboard"))
+    return Loggers(writers, Console(progressbar=not options.noprogressbar))
+
+
+def describe_environment() -> str:
+    """Python, machine and packages, for ``env.log``."""
+    packages = sorted(
+        {f"{found.metadata['Name']}=={found.version}" for found in importlib.metadata.distributions()}, key=str.lower
+    )
+    return "\n".join([f"python {platform.python_version()}", platform.platform(), *packages]) + "\n"
+
+
+def _without_result(function: Callable[[Path], Any], folder: Path) -> None:
+    """What ``function`` returns may not be plain; nobody needs it."""
+    function(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

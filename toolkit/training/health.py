@@ -1,0 +1,234 @@
+"""Says in words when a run goes wrong, from the rows of its log.
+
+A rule looks at one row after the other and answers with a sentence when something is the matter. The rules for
+self-supervised pretraining know how such runs die: the code book shrinks to one entry, the loss stands where guessing
+puts it, or the target is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
+
+from toolkit.errors import ConfigError
+
+
+class Rule(Protocol):
+    """One thing that can go wrong."""
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """A sentence when ``row`` shows it, else None. Rows without its values are passed over."""
+
+
+class LowPerplexity:
+    """The quantizer uses hardly more than one entry of each code book.
+
+    Arguments
+    ---------
+    key : name of the perplexity in the rows, the sum over code books (so it is ``num_groups`` at its lowest).
+    num_groups : number of code books.
+    margin : warn below ``num_groups * margin``.
+    after_update : not before; a short dip early in the warm-up is usual.
+
+    Example
+    -------
+    >>> LowPerplexity(after_update=0).look({"update": 900, "code_perplexity": 2.1})[:47]
+    'code_perplexity is 2.1, and 2 is its lowest: on'
+    """
+
+    def __init__(
+        self, *, key: str = "code_perplexity", num_groups: int = 2, margin: float = 1.5, after_update: int = 1000
+    ) -> None:
+        self.key, self.num_groups, self.margin, self.after_update = key, num_groups, margin, after_update
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get(self.key)
+        if not _is_number(value) or row["update"] < self.after_update or value > self.num_groups * self.margin:
+            return None
+        return (
+            f"{self.key} is {value:.3g}, and {self.num_groups} is its lowest: one entry of each code book stands for "
+            "everything (collapse); start again with a lower rate, a longer warm-up or a larger effective batch."
+        )
+
+
+class StuckAtChance:
+    """The loss stands at what guessing among all candidates gives.
+
+    Arguments
+    ---------
+    key : name of the loss in nats.
+    num_candidates : the true target and its negatives: 101 for wav2vec 2.0.
+    tolerance : nats around ``log(num_candidates)``.
+    patience : rows in a row.
+    after_update : not before.
+
+    Example
+    -------
+    >>> rule = StuckAtChance(patience=2, after_update=0)
+    >>> rows = [{"update": update, "contrastive_loss": 4.615} for update in (1, 2)]
+    >>> [rule.look(row) is not None for row in rows]
+    [False, True]
+    """
+
+    def __init__(
+        self,
+        *,
+        key: str = "contrastive_loss",
+        num_candidates: int = 101,
+        tolerance: float = 0.02,
+        patience: int = 10,
+        after_update: int = 1000,
+    ) -> None:
+        self.key, self.chance, self.candidates = key, math.log(num_candidates), num_candidates
+        self.tolerance, self.patience, self.after_update = tolerance, patience, after_update
+        self._rows = 0
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get(self.key)
+        if not _is_number(value) or row["update"] < self.after_update:
+            return None
+        self._rows = self._rows + 1 if abs(value - self.chance) <= self.tolerance else 0
+        if self._rows < self.patience:
+            return None
+        return (
+            f"{self.key} stands at {value:.3f}, which is log({self.candidates}), the loss of guessing, for "
+            f"{self._rows} rows: nothing is learned; check the learning rate, and that the audio is not silence."
+        )
+
+
+class RepeatedValue:
+    """A value is exactly the same row after row: the model's output no longer depends on its input.
+
+    Arguments
+    ---------
+    key : which value.
+    patience : rows in a row.
+
+    Example
+    -------
+    >>> rule = RepeatedValue(patience=3)
+    >>> [rule.look({"update": update, "loss": 1.5}) is not None for update in (1, 2, 3)]
+    [False, False, True]
+    """
+
+    def __init__(self, *, key: str = "loss", patience: int = 5) -> None:
+        if patience < 2:
+            raise ConfigError(f"patience of RepeatedValue is {patience}, expected 2 or more.")
+        self.key = key
+        self._last: deque[float] = deque(maxlen=patience)
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get(self.key)
+        if not _is_number(value):
+            return None
+        self._last.append(value)
+        if len(self._last) < (self._last.maxlen or 0) or len(set(self._last)) > 1:
+            return None
+        return (
+            f"{self.key} has been exactly {value:.6g} for {len(self._last)} rows: the output no longer depends on the "
+            "input; check the learning rate, the data, and whether everything is frozen."
+        )
+
+
+class GradNormRange:
+    """The norm of the gradient leaves the range in which a run is healthy.
+
+    Arguments
+    ---------
+    low, high : the range; pretraining of wav2vec 2.0 feels well between 0.1 and 10 or so, 0.5 to 2 being ideal.
+    patience : rows in a row.
+    after_update : not before; the first updates may be wild.
+
+    Example
+    -------
+    >>> GradNormRange(low=0.01, high=10, patience=1, after_update=0).look({"update": 5, "grad_norm": 50.0})[:15]
+    'grad_norm is 50'
+    """
+
+    def __init__(
+        self, *, low: float = 1e-3, high: float = 100.0, patience: int = 5, after_update: int = 100
+    ) -> None:
+        if not 0 <= low < high:
+            raise ConfigError(f"GradNormRange has low {low} and high {high}, expected 0 <= low < high.")
+        self.low, self.high, self.patience, self.after_update = low, high, patience, after_update
+        self._rows = 0
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get("grad_norm")
+        if not _is_number(value) or row["update"] < self.after_update:
+            return None
+        self._rows = 0 if self.low <= value <= self.high else self._rows + 1
+        if self._rows < self.patience:
+            return None
+        advice = (
+            "the gradient has died away; look for a collapse or a rate of 0"
+            if value < self.low
+            else "the run may be about to diverge; lower the learning rate or set max_grad_norm"
+        )
+        return f"grad_norm is {value:.3g}, outside {self.low:g} to {self.high:g} for {self._rows} rows: {advice}."
+
+
+class HealthMonitor:
+    """Asks its rules at every row of the log and repeats a warning only after a while.
+
+    Arguments
+    ---------
+    rules : what to look for; None = a repeated loss and the gradient's norm.
+    repeat_rows : a rule that keeps warning is heard again after so many rows.
+
+    Example
+    -------
+    >>> monitor = HealthMonitor([RepeatedValue(patience=2)])
+    >>> [len(monitor.check({"update": update, "loss": 0.5})) for update in (1, 2, 3)]
+    [0, 1, 0]
+    """
+
+    def __init__(self, rules: Sequence[Rule] | None = None, *, repeat_rows: int = 50) -> None:
+        self.rules: tuple[Rule, ...] = (RepeatedValue(), GradNormRange()) if rules is None else tuple(rules)
+        self.repeat_rows = repeat_rows
+        self.warnings = 0
+        self._quiet = [0] * len(self.rules)
+
+    def check(self, row: Mapping[str, Any]) -> list[str]:
+        """The sentences that ``row`` (with ``update`` and the averages of the metrics) gives rise to."""
+        sentences = []
+        for index, rule in enumerate(self.rules):
+            sentence = rule.look(row)
+            self._quiet[index] = max(0, self._quiet[index] - 1) if sentence else 0
+            if sentence and self._quiet[index] == 0:
+                sentences.append(sentence)
+                self._quiet[index] = self.repeat_rows
+        self.warnings += len(sentences)
+        return sentences
+
+
+def pretraining_health(*, num_groups: int = 2, num_candidates: int = 101, after_update: int = 1000) -> HealthMonitor:
+    """The monitor for wav2vec 2.0 pretraining: rows hold ``contrastive_loss``, both perplexities, ``grad_norm``.
+
+    Arguments
+    ---------
+    num_groups : code books.
+    num_candidates : targets to choose from, the true one included.
+    after_update : the warm-up, in which nothing is said about perplexity and loss.
+
+    Example
+    -------
+    >>> len(pretraining_health().rules)
+    5
+    """
+    perplexities = [
+        LowPerplexity(key=key, num_groups=num_groups, after_update=after_update)
+        for key in ("code_perplexity", "prob_perplexity")
+    ]
+    stuck = StuckAtChance(num_candidates=num_candidates, after_update=after_update)
+    return HealthMonitor([*perplexities, stuck, RepeatedValue(), GradNormRange(after_update=after_update)])
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
