@@ -52,7 +52,7 @@ ACCENTS = ("en-us", "en-us", "en-gb-x-rp")
 class Settings:
     """What decides the corpus: the numbers of sentences, and the seed."""
 
-    train: int = 3000
+    train: int = 4000
     dev: int = 100
     test: int = 200
     seed: int = 1234
@@ -129,6 +129,9 @@ def plan(settings: Settings) -> list[Chapter]:
 def utterance(engine: Espeak, speaker: Speaker, name: str, text: str, seed: int) -> np.ndarray:
     """Speak ``text`` and put it into a room: manner, level and noise drawn for (seed, name).
 
+    In train, the speaker's size and the room's color vary as well, from one utterance to the next: fifty
+    voices are few, and a model that has heard them only as they are knows them by heart and no others.
+
     Returns
     -------
     (samples,) float32 at 16 kHz, within -1..1.
@@ -140,7 +143,11 @@ def utterance(engine: Espeak, speaker: Speaker, name: str, text: str, seed: int)
         pitch=speaker.voice.pitch + int(random.integers(-4, 5)),
     )
     spoken = engine.speak(text, voice, seed=keyed_integer(seed, "voice", name)).astype(np.float32)
-    waveform = soxr.resample(spoken, engine.sample_rate, SAMPLE_RATE)
+    varied = speaker.split == "train"
+    # Played faster, all resonances rise: a smaller speaker.
+    waveform = soxr.resample(spoken, engine.sample_rate * (random.uniform(0.9, 1.1) if varied else 1.0), SAMPLE_RATE)
+    if varied:
+        waveform[1:] += random.uniform(-0.5, 0.5) * waveform[:-1]  # brighter or duller
     waveform *= random.uniform(0.3, 0.8) / max(float(np.abs(waveform).max()), 1.0)
     noise = random.standard_normal(len(waveform), dtype=np.float32)
     level = float(np.sqrt(np.mean(np.square(waveform)))) * 10 ** (-random.uniform(25, 40) / 20)  # 25 to 40 dB below

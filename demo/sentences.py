@@ -7,6 +7,7 @@ stand in another, whatever is drawn and however often. The words were chosen to 
 from __future__ import annotations
 
 import hashlib
+import math
 
 NAMES = ("anna", "david", "maria", "peter", "susan", "victor", "julia", "thomas")
 VERBS = ("carried", "found", "painted", "wanted", "opened", "counted", "bought", "moved")
@@ -76,7 +77,7 @@ def sentences(split: str, count: int, seed: int) -> list[str]:
 
     Raises
     ------
-    ValueError : an unknown split, or more sentences than the grammar can give.
+    ValueError : an unknown split, or more sentences than a quarter of what the grammar has.
 
     Example
     -------
@@ -86,11 +87,15 @@ def sentences(split: str, count: int, seed: int) -> list[str]:
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; take one of {', '.join(SPLITS)}.")
+    share = {"test": TEST_SHARE, "dev": DEV_SHARE, "train": 100 - TEST_SHARE - DEV_SHARE}[split]
+    most = sum(math.prod(map(len, pattern)) for pattern in PATTERNS) * share // 400  # beyond a quarter, draws repeat
+    if count > most:
+        raise ValueError(f"{count} sentences for {split} are more than the demo's grammar is for; take {most} at most.")
     found: dict[str, None] = {}
-    for attempt in range(200 * count + 1000):
-        if len(found) == count:
-            return list(found)
+    attempt = 0
+    while len(found) < count:
         sentence = draw_sentence(seed, split, attempt)
         if split_of(sentence) == split:
             found[sentence] = None
-    raise ValueError(f"the demo's grammar does not give {count} different sentences for {split}; ask for fewer.")
+        attempt += 1
+    return list(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +21,9 @@ class SpeechBatch:
     ---------
     ids : IDs of the utterances.
     waveforms : (batch, samples) float32, zeros after the end of each utterance.
-    lengths : (batch,) int64, samples of each utterance.
+    lengths : (batch,) int64, samples of each utterance; always on the host.
     tokens : (batch, tokens) int64, padded with ``PAD_TOKEN``; None without transcripts.
-    token_lengths : (batch,) int64; None without transcripts.
+    token_lengths : (batch,) int64, always on the host; None without transcripts.
     texts : transcripts; None without.
     extras : other output keys of the dataset, a list of the utterances' values each.
     """
@@ -40,15 +40,18 @@ class SpeechBatch:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SpeechBatch:
-        """The batch with its tensors on ``device``."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch with waveforms and tokens on ``device``.
+
+        Lengths stay on the host: frame counts, masks and CTC ask for them there, and none has to wait for the device.
+        """
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), names=("waveforms", "tokens"))
 
     def pin_memory(self) -> SpeechBatch:
         """The batch with its tensors in page-locked memory, for copies that overlap with work."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def seconds(self, sample_rate: int) -> float:
-        """Seconds of audio, without padding. Waits for the device if the lengths are on one."""
+        """Seconds of audio, without padding."""
         return float(self.lengths.sum()) / sample_rate
 
     @property
@@ -56,12 +59,12 @@ class SpeechBatch:
         """(batch,) float32, lengths as shares of the padded size: for code that comes from SpeechBrain."""
         return self.lengths.to(torch.float32) / self.waveforms.shape[1]
 
-    def _mapped(self, move: Any) -> SpeechBatch:
-        moved = {
-            name: move(value)
-            for name in ("waveforms", "lengths", "tokens", "token_lengths")
-            if (value := getattr(self, name)) is not None
-        }
+    def _mapped(
+        self,
+        move: Callable[[Tensor], Tensor],
+        names: Sequence[str] = ("waveforms", "lengths", "tokens", "token_lengths"),
+    ) -> SpeechBatch:
+        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **moved)
 
 

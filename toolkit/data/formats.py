@@ -42,7 +42,8 @@ class PathResolver:
 
     def __init__(self, folder: str, replacements: Mapping[str, str] | None) -> None:
         self.folder = os.path.abspath(folder)
-        self.replacements = {name: os.fspath(value) for name, value in (replacements or {}).items()}
+        # A replacement is relative to where the command runs, not to the manifest.
+        self.replacements = {name: os.path.abspath(value) for name, value in (replacements or {}).items()}
 
     def __call__(self, path: str, where: str) -> str:
         path = path.strip()
@@ -55,9 +56,7 @@ class PathResolver:
                         f"{where}: the path {path!r} begins with the placeholder {name}, for which nothing was given; "
                         f"give the folder that it stands for (replacements, or {name} in the YAML)."
                     )
-                path = self.replacements[name] + path[placeholder.end() :]
-                # A replacement is relative to where the command runs, not to the manifest.
-                return os.path.abspath(path)
+                return self.replacements[name] + path[placeholder.end() :]
         return path if os.path.isabs(path) else os.path.normpath(os.path.join(self.folder, path))
 
 

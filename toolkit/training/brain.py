@@ -215,7 +215,7 @@ class Brain:
         self.rng = Randomness(self.options.seed).child("update", self.update, micro.micro)
         # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
         torch.manual_seed(self.rng.integer("torch"))
-        self.progress.meter.add_batch(*self.batch_amount(micro.batch))
+        self._amounts.append(self.batch_amount(micro.batch))
         batch = self._to_device(micro.batch)
         with self.device_row.autocast(self.precision):
             predictions = self.compute_forward(batch, Stage.TRAIN)
@@ -256,6 +256,7 @@ class Brain:
         self._count: Tensor = torch.zeros((), device=self.device)
         self._metrics: list[tuple[str, Number, Number]] = []
         self._seen: list[Seen] = []
+        self._amounts: list[tuple[float, float]] = []
 
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
@@ -269,6 +270,8 @@ class Brain:
         stops, saves, total = finished.values
         for name, amount, count in self._metrics:
             progress.add(name, amount, count)
+        for real, padded in self._amounts:
+            progress.meter.add_batch(real, padded)
         # Every rank has the same norm, so the average over ranks is that norm.
         progress.add("grad_norm", finished.result.grad_norm)
         self._guard.note(finished.result, self._seen)

@@ -289,11 +289,11 @@ class Checkpointer:
             raise CheckpointError(f"the checkpoint {path} holds nothing called {name!r}, which this run needs.")
         if isinstance(obj, torch.optim.Optimizer):
             with TensorFile(path, name) as file:
-                tensors = {key: file[key] for key in file.names()}
+                tensors = {key: file[key].clone() for key in file.names()}  # not the file's own pages
             optimizer_from_tensors(obj, self._parameter_names(), tensors, value)
         elif (path / f"{name}.safetensors").exists():
             with TensorFile(path, name) as file:
-                obj.load_state_dict(join_state(value, file.__getitem__))
+                obj.load_state_dict(join_state(value, lambda place: file[place].clone()))
         else:
             obj.load_state_dict(join_state(value, _no_tensor))
 
@@ -399,7 +399,7 @@ def _clean(name: str) -> str:
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     if not tensors[0].is_floating_point():
-        return tensors[0]
+        return tensors[0].clone()
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor in tensors:
         total += tensor

@@ -27,9 +27,10 @@ class LowPerplexity:
 
     Arguments
     ---------
-    key : name of the perplexity in the rows, the sum over code books (so it is ``num_groups`` at its lowest).
+    key : name of the perplexity in the rows, the sum over code books (so it is ``num_groups`` at its lowest); rows may
+        also have each one alone, as ``<key>_group0`` and so on (1 at its lowest).
     num_groups : number of code books.
-    margin : warn below ``num_groups * margin``.
+    margin : warn below ``num_groups * margin``, and below ``margin`` for one alone.
     after_update : not before; a short dip early in the warm-up is usual.
 
     Example
@@ -45,11 +46,15 @@ class LowPerplexity:
 
     def look(self, row: Mapping[str, Any]) -> str | None:
         """See `Rule`."""
-        value = row.get(self.key)
-        if not _is_number(value) or row["update"] < self.after_update or value > self.num_groups * self.margin:
+        if row["update"] < self.after_update:
             return None
+        lowest = {self.key: self.num_groups} | {f"{self.key}_group{group}": 1 for group in range(self.num_groups)}
+        low = [name for name, floor in lowest.items() if _is_number(row.get(name)) and row[name] <= floor * self.margin]
+        if not low:
+            return None
+        name = low[0]
         return (
-            f"{self.key} is {value:.3g}, and {self.num_groups} is its lowest: one entry of each code book stands for "
+            f"{name} is {row[name]:.3g}, and {lowest[name]} is its lowest: one entry of a code book stands for "
             "everything (collapse); start again with a lower rate, a longer warm-up or a larger effective batch."
         )
 
@@ -68,7 +73,7 @@ class StuckAtChance:
     Example
     -------
     >>> rule = StuckAtChance(patience=2, after_update=0)
-    >>> rows = [{"update": update, "contrastive_loss": 4.615} for update in (1, 2)]
+    >>> rows = [{"update": update, "contrastive": 4.615} for update in (1, 2)]
     >>> [rule.look(row) is not None for row in rows]
     [False, True]
     """
@@ -76,7 +81,7 @@ class StuckAtChance:
     def __init__(
         self,
         *,
-        key: str = "contrastive_loss",
+        key: str = "contrastive",
         num_candidates: int = 101,
         tolerance: float = 0.02,
         patience: int = 10,
@@ -209,7 +214,7 @@ class HealthMonitor:
 
 
 def pretraining_health(*, num_groups: int = 2, num_candidates: int = 101, after_update: int = 1000) -> HealthMonitor:
-    """The monitor for wav2vec 2.0 pretraining: rows hold ``contrastive_loss``, both perplexities, ``grad_norm``.
+    """The monitor for wav2vec 2.0 pretraining: rows hold ``contrastive``, both perplexities, ``grad_norm``.
 
     Arguments
     ---------

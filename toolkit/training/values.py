@@ -124,6 +124,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def parse_choice(value: Any) -> Any:
+    """A choice typed on the command line as YAML reads it; any other as it is."""
     return parse_value(value) if isinstance(value, CommandLineText) else value
 
 

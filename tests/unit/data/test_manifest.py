@@ -47,7 +47,7 @@ def test_hand_written_kinds_with_relative_paths(tmp_path):
         '1-2-0002,1.25,a/1-2-0002.flac,"SAY ""NO"""\r\n3-4-0003,0.1000625,./b/3-4-0003.flac,مرحبا 世界\r\n'.encode()
     )
     table = {row["ID"]: {"wav": row["wav"], "duration": row["duration"], "words": row["wrd"]} for row in ROWS}
-    (tmp_path / "a.json").write_text(json.dumps(table), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(table), encoding="utf-8-sig")
     (tmp_path / "list.json").write_text(json.dumps(ROWS), encoding="utf-8")
     nemo = [{"audio_filepath": row["wav"], "id": row["ID"], "duration": str(row["duration"])} for row in ROWS]
     lines = [json.dumps(entry | {"text": row["wrd"]}) + "\n" for entry, row in zip(nemo, ROWS, strict=True)]

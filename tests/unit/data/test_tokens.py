@@ -208,6 +208,12 @@ def test_sentencepiece_learns_words():
     assert len(tokenizer.encode("the cat")) < len("the cat") / 2
 
 
+def test_sentencepiece_keeps_compatibility_letters():
+    """Full-width letters and ligatures are the corpus's choice; only composition is unified."""
+    tokenizer = SentencePieceTokenizer.train(["ＡＢＣ ﬁn caf\u00e9"] * 3, 30)
+    assert tokenizer.decode(tokenizer.encode("ＡＢＣ ﬁn cafe\u0301")) == "ＡＢＣ ﬁn caf\u00e9"
+
+
 def test_sentencepiece_errors():
     with pytest.raises(TokenError) as caught:
         SentencePieceTokenizer.train(["abc de"], 7)

@@ -248,9 +248,7 @@ def test_names_and_shapes_must_fit(tmp_path):
     total = len(good)
 
     save_file({k: v for k, v in good.items() if k != "head.bias"}, weights)
-    assert sentence(folder) == (
-        f"{folder}: 1 of the model's {total} tensors are not in the file (head.bias); {advice}"
-    )
+    assert sentence(folder) == (f"{folder}: 1 of the model's {total} tensors are not in the file (head.bias); {advice}")
     save_file(good | {"tail.bias": torch.zeros(2)}, weights)
     assert sentence(folder) == f"{folder}: 1 tensors of the file are not in the model (tail.bias); {advice}"
     save_file(good | {"head.bias": torch.zeros(9)}, weights)

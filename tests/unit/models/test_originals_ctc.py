@@ -34,9 +34,7 @@ def close(ours, name, limit):
 def test_evaluation(model):
     with torch.no_grad():
         out, loss, count = run(model.eval())
-        layers = model.encoder(
-            TENSORS["in.source"], (~TENSORS["in.padding_mask"]).sum(1), layers=True
-        ).layers
+        layers = model.encoder(TENSORS["in.source"], (~TENSORS["in.padding_mask"]).sum(1), layers=True).layers
     real = ~TENSORS["eval.padding_mask"]
     assert out.frame_lengths.tolist() == real.sum(1).tolist()
     for i, (layer, _) in enumerate(layers):
@@ -55,9 +53,7 @@ def test_training(model):
     out, loss, _ = run(model, update=FREEZE, **masks)
     loss.backward()
     real = ~TENSORS["eval.padding_mask"]
-    torch.testing.assert_close(
-        out.encoded.projected[real], TENSORS["train.masked_features"][real], rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(out.encoded.projected[real], TENSORS["train.masked_features"][real], rtol=0, atol=1e-4)
     close(out.log_probs, "train.log_probs", 2e-4)
     assert float(loss.detach()) == pytest.approx(613.6353759765625, rel=1e-5)
     assert_gradients(model, TENSORS)

@@ -72,9 +72,7 @@ def test_nothing_that_fits_is_an_error_even_if_allowed(folders):
             allow_missing=["*"],
             allow_unexpected=["*"],
         ).load()
-    assert str(error.value) == (
-        f"{path / 'ctc'}: none of the 2 tensors of 'decoder' is in the folder; give another."
-    )
+    assert str(error.value) == (f"{path / 'ctc'}: none of the 2 tensors of 'decoder' is in the folder; give another.")
 
 
 def test_no_folder_leaves_a_part_alone():

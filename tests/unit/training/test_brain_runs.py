@@ -36,8 +36,8 @@ def same_bits(first, second):
 
 def test_a_run_leaves_what_the_readme_promises(uninterrupted, weights):
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    wanted = {"updates", "epochs", "wall_seconds", "throughput", "peak_memory_gb", "device", "precision", "best", "final"}
-    assert wanted <= summary.keys()
+    wanted = "updates epochs wall_seconds throughput peak_memory_gb device precision best final"
+    assert set(wanted.split()) <= summary.keys()
     assert summary["updates"] == 14 and summary["epochs"] == 3.5 and summary["precision"] == "fp32"
     assert summary["throughput"]["unit"] == "audio seconds per second" and summary["throughput"]["value"] > 0
     assert summary["best"]["loss"] == min(row["loss"] for row in rows_of(uninterrupted, "valid"))
@@ -48,7 +48,8 @@ def test_a_run_leaves_what_the_readme_promises(uninterrupted, weights):
     assert [row["update"] for row in rows_of(uninterrupted, "valid")] == [5, 10, 14]
     losses = [row["loss"] for row in rows_of(uninterrupted, "train")]
     assert losses[-1] < 0.2 * losses[0]
-    assert {"hyperparams.yaml", "env.log", "log.txt", "tiny_recipe.py"} <= {path.name for path in uninterrupted.iterdir()}
+    left = {path.name for path in uninterrupted.iterdir()}
+    assert {"hyperparams.yaml", "env.log", "log.txt", "tiny_recipe.py"} <= left
 
 
 def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(uninterrupted, run_tiny, weights, tmp_path):
@@ -64,7 +65,8 @@ def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(uninte
 
 
 def test_a_validation_that_a_stop_put_off_is_made_up_for(uninterrupted, run_tiny, weights, tmp_path):
-    run_tiny(tmp_path, stop_after=10, stop_signal="SIGTERM", check=75)
+    # In the last micro-batch of the tenth update: too late to give it up, and the validation would take long.
+    run_tiny(tmp_path, stop_in="[9, 3]", check=75)
     assert [row["update"] for row in rows_of(tmp_path, "valid")] == [5]
     run_tiny(tmp_path)
     assert rows_of(tmp_path) == rows_of(uninterrupted)
@@ -72,10 +74,11 @@ def test_a_validation_that_a_stop_put_off_is_made_up_for(uninterrupted, run_tiny
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(uninterrupted, run_tiny, weights, tmp_path):
+    # The main process alone is told to stop; the other learns it in the update that both are making then.
     run_tiny(tmp_path, processes=2, stop_after=6, check=1)
-    assert (tmp_path / "save" / "step_00000006").exists()
+    assert (tmp_path / "save" / "step_00000007").exists()
     done = run_tiny(tmp_path, processes=2)
-    assert "2 processes" in done.stderr and "resumed at update 6" in done.stderr
+    assert "2 processes" in done.stderr and "resumed at update 7" in done.stderr
     expected, found = weights(uninterrupted), weights(tmp_path)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)

@@ -186,3 +186,57 @@ def test_the_table_has_a_line_for_each_kind():
     lines = device_table().splitlines()
     assert [line.split()[0] for line in lines[1:7]] == [kind.name for kind in DEVICE_KINDS]
     assert lines[-1].startswith("auto means ")
+
+
+STAND_IN = """
+import json, sys, types, torch
+torch.utils.rename_privateuse1_backend("npu")
+module = types.ModuleType("torch.npu")
+calls = []
+module.is_available = lambda: True
+module.device_count = lambda: 2
+module.set_device = lambda index: calls.append(["set", index])
+module.get_device_name = lambda device: "stand-in"
+module.is_bf16_supported = lambda: False
+module.synchronize = lambda: calls.append(["wait"])
+module.reset_peak_memory_stats = lambda: calls.append(["reset"])
+module.max_memory_allocated = lambda: 123
+module.matmul, module.conv = types.SimpleNamespace(allow_hf32=True), types.SimpleNamespace(allow_hf32=True)
+module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+torch._register_device_module("npu", module)
+from toolkit.errors import DeviceError
+from toolkit.training.devices import device_table, prepare_process, resolve_device
+from toolkit.training.options import RunOptions
+device = resolve_device("npu", local_rank=1)
+said = prepare_process(device, RunOptions())
+device.synchronize(); device.reset_peak_memory()
+with device.autocast("fp16"):
+    inside = torch.is_autocast_enabled("npu")
+errors = []
+for act in (lambda: resolve_device("npu:7"), lambda: device.resolve_precision("bf16"),
+            lambda: resolve_device("npu", local_rank=2), lambda: resolve_device("npu:0", local_rank=1)):
+    try:
+        act()
+    except DeviceError as error:
+        errors.append(str(error))
+print(json.dumps(dict(name=device.name, calls=calls[:3], auto=device.resolve_precision("auto"), inside=inside,
+    peak=device.peak_memory_bytes(), scaler=device.needs_scaler("fp16"), errors=errors, said=said,
+    hf32=module.conv.allow_hf32, backend=device.backend, table=device_table())))
+"""
+
+
+def test_an_npu_goes_through_the_same_table():
+    """Names and calls only: torch's slot for other vendors' devices, renamed, with a stand-in module and no tensors."""
+    result = in_fresh_process(STAND_IN)
+    assert result["name"] == "npu:1 (stand-in)" and result["backend"] == "hccl"
+    assert result["calls"] == [["set", 1], ["wait"], ["reset"]]
+    assert result["auto"] == "fp32" and result["scaler"] and result["inside"] and result["peak"] == 123
+    assert result["hf32"] is False and "HF32 off" in result["said"][0] and "HCCL_CONNECT_TIMEOUT" in result["said"][1]
+    assert result["errors"] == [
+        "--device npu:7 does not exist: this machine has 2 (npu:0 to npu:1).",
+        "--precision bf16 is not supported by npu:1 (stand-in); choose one of fp32, fp16.",
+        "--device npu:2 does not exist: this machine has 2 (npu:0 to npu:1); start as many processes as there are "
+        "devices.",
+        "--device npu:0 names one device for several processes; write --device npu.",
+    ]
+    assert "auto means npu" in result["table"]

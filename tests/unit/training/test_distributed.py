@@ -34,8 +34,8 @@ def torchrun(tmp_path: Path, body: str, *, processes: int = 2, timeout: float = 
     script = tmp_path / "script.py"
     script.write_text(HEADER.replace("{timeout}", str(timeout)) + body, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode == 0) == good, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -54,6 +54,8 @@ class Tiny(Brain):
         loss = ((outputs.float() - frames.float().square().mean(-1).sqrt()).square() * valid).sum()
         if stage is Stage.TRAIN and self.update in self.hparams.nonfinite_updates:
             loss = loss * float("nan")
+        if stage is Stage.TRAIN and [self.update, self.rng.keys[-1]] == self.hparams.stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         if stage is not Stage.TRAIN:
             for name in batch.ids:
                 self.record({"id": name, "frames": int(valid.sum())})

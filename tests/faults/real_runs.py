@@ -1,0 +1,164 @@
+"""The real scripts on the small fixtures with a very small model: in this process, or each run as its own process."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+DIGITS = FIXTURES / "fsdd_tiny"
+ODD_AUDIO = FIXTURES / "odd_audio"
+TEMPLATE = ROOT / "templates" / "speech_recognition" / "train.py"
+PRETRAINING = ROOT / "recipes" / "LibriSpeech" / "wav2vec2" / "train.py"
+ASR = ROOT / "recipes" / "LibriSpeech" / "ASR" / "train.py"
+
+CONV_LAYERS = "[[8, 10, 5], [8, 8, 4], [8, 4, 4], [16, 4, 2]]"
+SIZES = {"conv_layers": CONV_LAYERS, "dim": 16, "num_layers": 2, "ffn_dim": 32, "num_heads": 2, "pos_kernel": 8,
+         "pos_groups": 4}  # fmt: skip
+COMMON = {"device": "cpu", "precision": "fp32", "num_workers": 0, "log_interval": 2, "noprogressbar": "True",
+          "ckpt_interval_minutes": "null", "fast_allocator": "False", "fast_products": "False"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code and all that it printed."""
+
+    code: int
+    stderr: str
+    stdout: str = ""
+
+    @property
+    def error(self) -> str:
+        """The line (or lines) behind "error: "."""
+        return self.stderr.split("error: ", 1)[1].rstrip("\n") if "error: " in self.stderr else ""
+
+
+def words_of(*sources: Mapping[str, Any]) -> list[str]:
+    """``--key=value`` of several sources, the later winning; None leaves a key out."""
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged.update(source)
+    return [f"--{key}={value}" for key, value in merged.items() if value is not None]
+
+
+def digits_words(output: Path, **keys: Any) -> list[str]:
+    """The template on the spoken digits: 50 utterances, 0.3 to 0.8 s at 8 kHz."""
+    base = {
+        "train_manifest": DIGITS / "train.csv", "valid_manifest": DIGITS / "test.csv",
+        "test_manifest": DIGITS / "test.csv", "output_folder": output,
+        **{f"encoder_sizes.{name}": value for name, value in SIZES.items()},
+        "max_updates": 2, "effective_batch": 12, "batch_seconds": 6, "valid_interval_updates": 2,
+    }  # fmt: skip
+    return [str(TEMPLATE.with_name("train.yaml")), *words_of(COMMON, base, keys)]
+
+
+def asr_words(output: Path, **keys: Any) -> list[str]:
+    """The LibriSpeech recipe on the small tree: some 20 utterances of at most 5 s."""
+    base = {
+        "data_folder": FIXTURES / "librispeech_tiny", "output_folder": output, "train_splits": "[train-clean-100]",
+        "valid_splits": "[]", "test_splits": "[]", "max_updates": 2, "batch_seconds": 16, "effective_batch": 32,
+        **{f"encoder_sizes.{name}": value for name, value in SIZES.items()},
+    }  # fmt: skip
+    return [str(ASR.parent / "hparams" / "ctc_tiny.yaml"), *words_of(COMMON, base, keys)]
+
+
+def pretraining_words(output: Path, **keys: Any) -> list[str]:
+    """Pretraining on the same tree, in crops of at most 2 s."""
+    base = {
+        "data_folder": FIXTURES / "librispeech_tiny", "output_folder": output, "train_splits": "[train-clean-100]",
+        "valid_splits": "[]", "test_splits": "[]", "max_updates": 2, "batch_seconds": 8, "effective_batch": 16,
+        "crop_seconds": 2,
+        **{f"model.encoder.{name}": value for name, value in SIZES.items()},
+    }  # fmt: skip
+    return [str(PRETRAINING.parent / "hparams" / "w2v2_tiny.yaml"), *words_of(COMMON, base, keys)]
+
+
+def run_here(script: Path, words: Iterable[Any]) -> Ended:
+    """The script's own ``main`` through ``run_main`` in this process, as ``python script ...`` would call it."""
+    spec = importlib.util.spec_from_file_location(f"faults_{script.parent.name}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = run_main(module.main, [str(word) for word in words])
+        except SystemExit as ended:
+            code = ended.code
+    return Ended(code, err.getvalue(), out.getvalue())
+
+
+def command_line(script: Path, words: Iterable[Any], processes: int = 1) -> list[str]:
+    """What a person types: ``python script ...``, or torchrun for several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(script), *(str(word) for word in words)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and a traceback only where there is a defect."""
+    values = {**os.environ, "OMP_NUM_THREADS": "1"}
+    values.pop("TOOLKIT_TRACEBACK", None)
+    return values
+
+
+def run_script(script: Path, words: Iterable[Any], *, processes: int = 1, **options: Any) -> Ended:
+    """The command as its own process."""
+    done = subprocess.run(
+        command_line(script, words, processes), env=environment(), capture_output=True, text=True, timeout=300,
+        **options,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stderr, done.stdout)
+
+
+def run_until(script: Path, words: Iterable[Any], reached: Callable[[], bool], signal_number: int) -> Ended:
+    """The command as its own process, sent a signal as soon as ``reached()``."""
+    process = subprocess.Popen(
+        command_line(script, words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while process.poll() is None and not reached():
+        assert time.monotonic() < deadline, "the run did not come so far"
+        time.sleep(0.005)
+    if process.poll() is None:
+        process.send_signal(signal_number)
+    stdout, stderr = process.communicate(timeout=120)
+    return Ended(process.returncode, stderr, stdout)
+
+
+def digits(change: Callable[[list[dict[str, str]]], None] | None = None) -> list[dict[str, str]]:
+    """The rows of the digits' training manifest with whole paths, changed by ``change``."""
+    with open(DIGITS / "train.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["wav"] = str(DIGITS / row["wav"])
+    if change is not None:
+        change(rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Rows as a CSV manifest."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

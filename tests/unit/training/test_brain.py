@@ -1,0 +1,406 @@
+"""The arithmetic of a step, the order of things, and evaluation, in one process."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.data.loader import MicroBatch
+from toolkit.errors import ConfigError, ModelError, TrainingError
+from toolkit.training.brain import Brain, Objective, RunContext, Stage
+from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.distributed import World
+from toolkit.training.loggers import Loggers
+from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer
+from toolkit.training.step import UpdateStep
+
+
+class Pairs(list):
+    """A batch of (inputs, targets), with names."""
+
+    def __init__(self, inputs, targets, names=None):
+        super().__init__(inputs)
+        self.inputs, self.targets = inputs, targets
+        self.ids = names or [f"u{index}" for index in range(len(inputs))]
+
+
+class ListLoader:
+    """Updates given as lists of batches."""
+
+    def __init__(self, *updates):
+        self.updates = updates
+
+    @property
+    def updates_per_epoch(self):
+        return len(self.updates)
+
+    def epoch(self, epoch, first_update=0):
+        for update, batches in list(enumerate(self.updates))[first_update:]:
+            for micro, batch in enumerate(batches):
+                yield MicroBatch(batch, epoch, update, micro, last=micro == len(batches) - 1)
+
+
+class Memory:
+    """Remembers rows and sentences."""
+
+    def __init__(self):
+        self.rows, self.sentences = [], []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def say(self, sentence):
+        self.sentences.append(sentence)
+
+    def rewind(self, update):
+        pass
+
+    def close(self):
+        pass
+
+
+class Regression(Brain):
+    """Squared error of a linear model."""
+
+    poison = ()
+
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch.inputs)
+
+    def compute_objectives(self, predictions, batch, stage):
+        loss = (predictions - batch.targets).square().sum()
+        if stage is Stage.TRAIN and self.update in self.poison:
+            loss = loss * math.inf
+        return Objective(loss, len(batch), {"error": ((predictions - batch.targets).abs().sum(), len(batch))})
+
+
+def data(count=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, generator=generator), torch.randn(count, 1, generator=generator)
+
+
+def pairs(first, last, seed=0):
+    inputs, targets = data(seed=seed)
+    return Pairs(inputs[first:last], targets[first:last], [f"u{index}" for index in range(first, last)])
+
+
+def make(kind=Regression, *, memory=None, folder=None, checkpointer=None, opt=None, groups=(), **options):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    context = RunContext(loggers=Loggers([memory] if memory else []), output_folder=folder)
+    return kind(
+        {"model": model},
+        opt or functools.partial(torch.optim.AdamW, lr=0.01),
+        run_opts={"precision": "fp32", "max_updates": 3, "ckpt_interval_minutes": None, **options},
+        checkpointer=checkpointer,
+        parameter_groups=groups,
+        context=context,
+    )
+
+
+def weights_of(brain):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in brain.modules.parameters()])
+
+
+def plain_steps(updates, *, lr=0.01, max_norm=None):
+    """The same by the textbook: mean over all targets of an update, clipping by torch, AdamW without fusing."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
+    norms = []
+    for batches in updates:
+        inputs = torch.cat([batch.inputs for batch in batches])
+        targets = torch.cat([batch.targets for batch in batches])
+        optimizer.zero_grad()
+        ((model(inputs) - targets).square().sum() / len(inputs)).backward()
+        limit = math.inf if max_norm is None else max_norm
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        optimizer.step()
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]), norms
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("fused", [True, False])
+def test_uneven_micro_batches_give_the_mean_over_all_targets(max_norm, fused):
+    updates = [[pairs(0, 5), pairs(5, 6)], [pairs(6, 10), None, pairs(10, 12)], [pairs(3, 4)]]
+    opt = functools.partial(torch.optim.AdamW, lr=0.01, **({} if fused else {"foreach": False}))
+    memory = Memory()
+    brain = make(memory=memory, opt=opt, max_grad_norm=max_norm, log_interval=1)
+    brain.fit(ListLoader(*updates))
+    expected, norms = plain_steps([[b for b in batches if b is not None] for batches in updates], max_norm=max_norm)
+    assert torch.allclose(weights_of(brain), expected, atol=1e-6)
+    assert [row["grad_norm"] for row in memory.rows] == pytest.approx(norms, rel=1e-5)
+
+
+def test_the_last_incomplete_group_of_an_epoch_counts():
+    memory = Memory()
+    brain = make(memory=memory, max_updates=4, log_interval=1)
+    brain.fit(ListLoader([pairs(0, 4), pairs(4, 8)], [pairs(8, 9)]))
+    assert brain.update == 4 and brain.epoch == 2
+    assert [row["audio_seconds"] for row in memory.rows] == [8, 9, 17, 18]
+
+
+def test_a_plain_mean_loss_is_weighted_by_the_batch_and_said_once():
+    class Mean(Regression):
+        def compute_objectives(self, predictions, batch, stage):
+            return (predictions - batch.targets).square().mean()
+
+    memory = Memory()
+    updates = [[pairs(0, 5), pairs(5, 6)], [pairs(6, 10)], [pairs(3, 4)]]
+    brain = make(Mean, memory=memory)
+    brain.fit(ListLoader(*updates))
+    assert torch.allclose(weights_of(brain), plain_steps(updates)[0], atol=1e-6)
+    assert sum("returned a mean loss" in sentence for sentence in memory.sentences) == 1
+
+
+def test_an_objective_of_a_wrong_kind_is_refused():
+    class Wrong(Regression):
+        def compute_objectives(self, predictions, batch, stage):
+            return predictions
+
+    with pytest.raises(ModelError, match="of Wrong returned Tensor, expected an Objective or a scalar tensor"):
+        make(Wrong).fit(ListLoader([pairs(0, 4)]))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_update_that_is_not_finite_changes_nothing(fused, tmp_path):
+    class Poisoned(Regression):
+        poison = (1,)
+
+        def on_update_end(self, result):
+            state = [value.clone() for entry in self.optimizer.state.values() for value in entry.values()]
+            kept.append((weights_of(self), torch.cat([value.reshape(-1) for value in state])))
+
+    kept, memory = [], Memory()
+    opt = functools.partial(torch.optim.AdamW, lr=0.01, **({} if fused else {"foreach": False}))
+    brain = make(Poisoned, memory=memory, folder=tmp_path, opt=opt)
+    brain.fit(ListLoader([pairs(0, 4)], [pairs(4, 6), pairs(6, 8)], [pairs(8, 12)]))
+    assert torch.equal(kept[0][0], kept[1][0]) and torch.equal(kept[0][1], kept[1][1])
+    assert not torch.equal(kept[1][0], kept[2][0])
+    told = [sentence for sentence in memory.sentences if "not finite" in sentence]
+    assert told == [
+        "update 1: the loss is not finite with the utterances u4, u5, u6, u7; nothing was changed (1 in a row, the run "
+        "ends after 10)."
+    ]
+    # What could not be averaged is left out of the averages, and the skipped update is counted.
+    assert math.isfinite(memory.rows[-1]["loss"]) and memory.rows[-1]["skipped_updates"] == 1
+    assert not (tmp_path / "crash_report.json").exists()
+
+
+def test_only_the_faulty_micro_batch_is_named():
+    class Half(Regression):
+        def compute_objectives(self, predictions, batch, stage):
+            objective = super().compute_objectives(predictions, batch, stage)
+            return Objective(objective.loss_sum * (math.nan if "u6" in batch.ids else 1.0), len(batch))
+
+    memory = Memory()
+    make(Half, memory=memory, max_updates=1).fit(ListLoader([pairs(4, 6), pairs(6, 8)]))
+    assert "with the utterances u6, u7;" in next(s for s in memory.sentences if "not finite" in s)
+
+
+def test_the_patience_starts_again_after_a_good_update(tmp_path):
+    class Poisoned(Regression):
+        poison = (0, 1, 3, 4)
+
+    batches = [[pairs(0, 4)]] * 5
+    make(Poisoned, folder=tmp_path, nonfinite_patience=3, max_updates=5).fit(ListLoader(*batches))
+    with pytest.raises(TrainingError, match=r"the 2nd such update in a row \(nonfinite_patience is 2\)"):
+        make(Poisoned, folder=tmp_path, nonfinite_patience=2, max_updates=5).fit(ListLoader(*batches))
+
+
+def test_a_parameter_without_gradient_stays_as_it_is():
+    class Side(Regression):
+        def compute_forward(self, batch, stage):
+            return self.modules.model(batch.inputs) if self.update == 0 else self.modules.model[:1](batch.inputs)[:, :1]
+
+    brain = make(Side, max_updates=1)
+    brain.fit(ListLoader([pairs(0, 4)]))
+    before = brain.modules.model[2].weight.clone()
+    again = make(Side, max_updates=2)
+    again.fit(ListLoader([pairs(0, 4)], [pairs(4, 8)]))
+    assert torch.equal(again.modules.model[2].weight, before)
+
+
+def test_clipping_takes_the_norm_over_all_groups():
+    groups = [ParameterGroup(match="*", vectors_only=True, weight_decay=0.0)]
+    opt = functools.partial(torch.optim.SGD, lr=1.0)
+    brain = make(opt=opt, groups=groups, max_grad_norm=0.01, max_updates=1)
+    before = weights_of(brain)
+    brain.fit(ListLoader([pairs(0, 12)]))
+    assert float((weights_of(brain) - before).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_groups_freeze_and_thaw_at_their_update():
+    class Watched(Regression):
+        def on_update_end(self, result):
+            seen.append(self.modules.model[0].weight.detach().clone())
+
+    seen = []
+    brain = make(Watched, groups=[ParameterGroup(match="model.0", freeze_updates=2, lr_factor=0.5)], max_updates=4)
+    start = brain.modules.model[0].weight.detach().clone()
+    brain.fit(ListLoader(*[[pairs(0, 4)]] * 4))
+    assert torch.equal(seen[0], start) and torch.equal(seen[1], start)
+    assert not torch.equal(seen[2], start) and not torch.equal(seen[3], seen[2])
+
+
+def test_fp16_overflow_halves_the_scale_and_is_no_fault():
+    scale = LossScale(torch.device("cpu"), initial=2.0**60, maximum=2.0**60, window=2)
+    model = nn.Linear(3, 1)
+    optimizer = build_optimizer(model, functools.partial(torch.optim.AdamW, lr=0.01))
+    step = UpdateStep(optimizer, World(), max_grad_norm=1.0, loss_scale=scale)
+    outcomes = []
+    for update in range(20):
+        before = model.weight.detach().clone()
+        loss = model(torch.ones(2, 3)).square().sum() * 100
+        step.backward(loss)
+        finished = step.finish(update, loss.detach(), torch.tensor(2.0))
+        outcomes.append((bool(finished.result.skipped), bool(finished.result.faulty)))
+        assert torch.equal(before, model.weight) == outcomes[-1][0]
+    skipped = [skip for skip, _ in outcomes]
+    assert skipped[0] and not any(faulty for _, faulty in outcomes)
+    # It comes down, finds its height, and then tries the next height after every second good update.
+    assert skipped[-6:].count(True) == 2 and float(scale.value) < 2.0**58
+
+
+def test_a_scaled_gradient_is_the_same_as_a_plain_one():
+    results = []
+    for scale in (None, LossScale(torch.device("cpu"), initial=1024.0)):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        step = UpdateStep(
+            build_optimizer(model, functools.partial(torch.optim.AdamW, lr=0.01)), World(), loss_scale=scale
+        )
+        for update in range(3):
+            loss = (model(torch.ones(2, 3)) - 3).square().sum()
+            step.backward(loss)
+            norm = step.finish(update, loss.detach(), torch.tensor(2.0)).result.grad_norm
+        results.append((model.weight.detach(), norm))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-7) and torch.allclose(results[0][1], results[1][1])
+
+
+def test_bf16_runs_under_autocast_and_keeps_float32_weights():
+    class Checked(Regression):
+        def compute_forward(self, batch, stage):
+            predictions = super().compute_forward(batch, stage)
+            dtypes.add((stage, predictions.dtype))
+            return predictions.float()
+
+    dtypes = set()
+    brain = make(Checked, precision="bf16")
+    brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(4, 8)]))
+    assert dtypes == {(Stage.TRAIN, torch.bfloat16), (Stage.VALID, torch.bfloat16)}
+    assert all(parameter.dtype == torch.float32 for parameter in brain.modules.parameters())
+
+
+def test_evaluation_averages_over_items_and_keeps_rows_in_order():
+    class Recorder(Regression):
+        def compute_objectives(self, predictions, batch, stage):
+            assert self.rng is None and not torch.is_grad_enabled() and not self.modules.training
+            draws.append(float(self.eval_rng().numpy("mask").random()))
+            for name in batch.ids:
+                self.record({"id": name})
+            return super().compute_objectives(predictions, batch, stage)
+
+    draws = []
+    brain = make(Recorder)
+    loader = ListLoader([pairs(0, 7)], [pairs(7, 8)], [None])
+    result = brain.evaluate(loader)
+    inputs, targets = data()
+    with torch.no_grad():
+        expected = (brain.modules.model(inputs[:8]) - targets[:8]).square().mean()
+    assert result.metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert [row["id"] for row in result.rows] == [f"u{index}" for index in range(8)]
+    assert brain.evaluate(loader).metrics == result.metrics
+    assert draws[:2] == draws[2:] and draws[0] != draws[1]
+
+
+def test_hooks_come_in_order_and_validation_is_tried_first():
+    class Told(Regression):
+        def on_fit_start(self):
+            calls.append("fit")
+
+        def on_stage_start(self, stage, epoch):
+            calls.append(f"{stage.value} {epoch} starts")
+
+        def on_stage_end(self, stage, metrics, epoch):
+            calls.append(f"{stage.value} {epoch} ends")
+            return {"halved": metrics["loss"] / 2}
+
+        def evaluate_batch(self, batch, stage):
+            calls.append("batch")
+            return super().evaluate_batch(batch, stage)
+
+    calls, memory = [], Memory()
+    brain = make(Told, memory=memory, max_updates=3)
+    brain.fit(ListLoader([pairs(0, 4)], [pairs(4, 8)]), ListLoader([pairs(8, 10)], [pairs(10, 12)]))
+    valid = ["valid {0} starts", "batch", "batch", "valid {0} ends"]
+    assert calls == [
+        "fit",
+        "batch",  # the sanity validation: one batch, no hooks
+        *["train 0 starts", "train 0 ends", *(line.format(0) for line in valid)],
+        *["train 1 starts", "train 1 ends", *(line.format(1) for line in valid)],
+    ]
+    row = next(row for row in memory.rows if row["stage"] == "valid")
+    assert row["halved"] == pytest.approx(row["loss"] / 2) and row["update"] == 2
+
+
+def test_a_validation_does_not_change_the_training():
+    torch.manual_seed(99)
+    alone = make(max_updates=4)
+    alone.fit(ListLoader([pairs(0, 4)], [pairs(4, 8)]))
+    watched = make(max_updates=4, valid_interval_updates=1)
+    watched.fit(ListLoader([pairs(0, 4)], [pairs(4, 8)]), ListLoader([pairs(8, 12)]))
+    assert torch.equal(weights_of(alone), weights_of(watched))
+
+
+def test_warnings_about_health_are_said():
+    class Stuck(Regression):
+        def compute_objectives(self, predictions, batch, stage):
+            objective = super().compute_objectives(predictions, batch, stage)
+            return Objective(objective.loss_sum * 0 + 2.0, 1)
+
+    memory = Memory()
+    make(Stuck, memory=memory, max_updates=6, log_interval=1).fit(ListLoader([pairs(0, 4)]))
+    assert any(sentence.startswith("warning: loss has been exactly 2 for 5 rows") for sentence in memory.sentences)
+
+
+def test_a_new_learning_rate_counts_after_a_resume(tmp_path):
+    def run(rate, updates):
+        opt = functools.partial(torch.optim.AdamW, lr=rate)
+        brain = make(checkpointer=Checkpointer(tmp_path), opt=opt, max_updates=updates)
+        brain.fit(ListLoader([pairs(0, 4)]))
+        return brain
+
+    run(0.01, 2)
+    brain = run(0.5, 3)
+    assert brain.update == 3 and brain.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_the_best_and_the_average_weights_can_be_evaluated(tmp_path):
+    class Watched(Regression):
+        def on_update_end(self, result):
+            seen.append(weights_of(self))
+
+    seen = []
+    checkpointer = Checkpointer(tmp_path, keep_last=2, keep_best=1, best_metric="loss")
+    brain = make(Watched, checkpointer=checkpointer, max_updates=4, valid_interval_updates=1, opt=_rising_sgd)
+    brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(0, 4)]))
+    best = brain.progress.best["update"]
+    assert brain.saver.load_weights("best") and torch.equal(weights_of(brain), seen[best - 1])
+    assert brain.saver.load_weights("average")
+    assert torch.allclose(weights_of(brain), (seen[2] + seen[3]) / 2, atol=1e-7)
+    assert brain.saver.load_weights("last") and torch.equal(weights_of(brain), seen[3])
+    with pytest.raises(ConfigError, match="the weights to evaluate are 'newest', expected one of best, last, average"):
+        brain.saver.load_weights("newest")
+
+
+def _rising_sgd(parameters, fused=False):
+    """So large a rate that the second validation is worse than the first."""
+    return torch.optim.SGD(parameters, lr=0.8)
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match="neither max_updates nor max_minutes is set; give one, so that"):
+        make(max_updates=None).fit(ListLoader([pairs(0, 4)]))

@@ -1,0 +1,78 @@
+"""Starting a recipe: what is refused before anything is built, and what is kept (whole runs: test_brain_runs.py)."""
+
+import pytest
+import torch
+
+from toolkit.errors import ConfigError
+from toolkit.training.experiment import start
+
+YAML = """
+# What the test writes to.
+output_folder: {folder}
+seed: 3
+device: cpu
+max_updates: 2
+fast_allocator: False
+fast_products: False
+# Its model.
+model: !new:torch.nn.Linear
+    in_features: 2
+    out_features: 2
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(YAML.format(folder=tmp_path / "run"))
+    return path
+
+
+def test_start_builds_the_yaml_and_keeps_what_was_run(yaml_file, tmp_path):
+    with start([str(yaml_file), "--max_updates", "5"], script=__file__) as experiment:
+        assert experiment.options.max_updates == 5 and experiment.hparams["seed"] == 3
+        assert experiment.world.is_main and experiment.output_folder == tmp_path / "run"
+        assert experiment.prepare(lambda number: number + 1, 4) == 5
+        first = experiment.hparams["model"].weight.clone()
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"hyperparams.yaml", "env.log", "log.txt", "test_experiment.py"} <= kept
+    assert "small.yaml --max_updates 5: writing to" in (tmp_path / "run" / "log.txt").read_text()
+    # The seed decides the initial weights, whatever was drawn before.
+    torch.manual_seed(77)
+    with start([str(yaml_file)]) as experiment:
+        assert torch.equal(experiment.hparams["model"].weight, first)
+    with start([str(yaml_file), "--seed", "4"]) as experiment:
+        assert not torch.equal(experiment.hparams["model"].weight, first)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(yaml_file):
+    with start([str(yaml_file)]):
+        with pytest.raises(ConfigError, match="another run is writing to"):
+            start([str(yaml_file)])
+    # A start that failed, or has ended, leaves no lock.
+    with start([str(yaml_file)]):
+        pass
+
+
+def test_a_start_that_fails_gives_the_folder_back(yaml_file, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml_file.read_text().replace("in_features: 2", "in_features: -2"))
+    with pytest.raises(ConfigError):
+        start([str(broken)])
+    with start([str(yaml_file)]):
+        pass
+
+
+def test_help_is_printed_from_the_yaml(yaml_file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        start([str(yaml_file), "--help"])
+    assert ended.value.code == 0 and "What the test writes to." in capsys.readouterr().out
+
+
+def test_without_a_file_or_a_folder_nothing_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"no YAML file was given; write `python train\.py hparams/NAME\.yaml"):
+        start(["--seed", "3"])
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="has no output_folder; add the key, or give --output_folder"):
+        start([str(bare)])

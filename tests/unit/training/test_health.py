@@ -1,0 +1,88 @@
+"""Each way in which a run goes wrong is said once, in words; a healthy run hears nothing."""
+
+import math
+
+import pytest
+
+from toolkit.errors import ConfigError
+from toolkit.training.health import (
+    GradNormRange,
+    HealthMonitor,
+    LowPerplexity,
+    RepeatedValue,
+    StuckAtChance,
+    pretraining_health,
+)
+
+
+def rows(count, first=2000, **values):
+    return [{"stage": "train", "update": first + 50 * index, **values} for index in range(count)]
+
+
+def said(rule, given):
+    return [sentence for sentence in map(rule.look, given) if sentence]
+
+
+def test_a_code_book_of_one_entry():
+    words = said(LowPerplexity(), rows(1, code_perplexity=2.0))
+    assert words[0].startswith("code_perplexity is 2, and 2 is its lowest: one entry of a code book stands for")
+    one = said(LowPerplexity(), rows(1, code_perplexity=90.0, code_perplexity_group0=89.0, code_perplexity_group1=1.0))
+    assert one[0].startswith("code_perplexity_group1 is 1, and 1 is its lowest:")
+    assert not said(LowPerplexity(), rows(3, code_perplexity=17.9))
+    # An early dip is usual.
+    assert not said(LowPerplexity(), rows(1, first=500, code_perplexity=2.0))
+
+
+def test_a_loss_that_stands_at_chance():
+    words = said(StuckAtChance(), rows(12, contrastive=math.log(101) - 0.001))
+    assert len(words) == 3
+    assert words[0].startswith("contrastive stands at 4.614, which is log(101), the loss of guessing, for 10 ro")
+    moving = (rows(9, contrastive=4.615) + rows(1, contrastive=4.0)) * 2
+    assert not said(StuckAtChance(), moving)
+
+
+def test_a_value_that_repeats():
+    words = said(RepeatedValue(), rows(5, loss=0.0))
+    assert words == [
+        "loss has been exactly 0 for 5 rows: the output no longer depends on the input; check the learning rate, the "
+        "data, and whether everything is frozen."
+    ]
+    assert not said(RepeatedValue(), [{"update": update, "loss": 1 / update} for update in range(1, 20)])
+
+
+def test_a_gradient_norm_out_of_range():
+    assert "lower the learning rate" in said(GradNormRange(), rows(5, grad_norm=1e4))[0]
+    assert "the gradient has died away" in said(GradNormRange(), rows(5, grad_norm=1e-19))[0]
+    assert not said(GradNormRange(), rows(9, grad_norm=1.4))
+    assert not said(GradNormRange(), rows(4, grad_norm=1e4) + rows(1, grad_norm=1.0) + rows(4, grad_norm=1e4))
+
+
+def test_a_healthy_pretraining_hears_nothing_and_a_collapsed_one_everything():
+    healthy = [
+        {"update": 1000 + step, "loss": 3.0 - step / 1000, "contrastive": 2.5 - step / 1000,
+         "code_perplexity": 150.0, "prob_perplexity": 180.0, "grad_norm": 1.1}
+        for step in range(100)
+    ]  # fmt: skip
+    monitor = pretraining_health()
+    assert not [sentence for row in healthy for sentence in monitor.check(row)]
+    collapsed = rows(20, loss=0.1, contrastive=0.0, code_perplexity=2.0, prob_perplexity=2.0, grad_norm=1e-19)
+    words = [sentence for row in collapsed for sentence in monitor.check(row)]
+    assert len(words) == 4 and monitor.warnings == 4
+    assert {word.split()[0] for word in words} == {"code_perplexity", "prob_perplexity", "loss", "grad_norm"}
+
+
+def test_a_warning_comes_again_after_a_while_only():
+    monitor = HealthMonitor([RepeatedValue(patience=2)], repeat_rows=10)
+    counts = [len(monitor.check(row)) for row in rows(25, loss=1.0)]
+    assert [index for index, count in enumerate(counts) if count] == [1, 11, 21]
+
+
+def test_rows_without_the_values_are_passed_over():
+    assert pretraining_health().check({"update": 5000, "wer": 3.0}) == []
+
+
+def test_wrong_ranges_are_refused():
+    with pytest.raises(ConfigError, match="low 2 and high 1, expected 0 <= low < high"):
+        GradNormRange(low=2, high=1)
+    with pytest.raises(ConfigError, match="patience of RepeatedValue is 1, expected 2 or more"):
+        RepeatedValue(patience=1)
