@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=ROOT / "demo_run", help="gets everything")
     parser.add_argument("--pretrain_minutes", type=float, default=1.5, help="time for pretraining")
-    parser.add_argument("--finetune_minutes", type=float, default=6.0, help="time for fine-tuning")
+    parser.add_argument("--finetune_minutes", type=float, default=5.5, help="time for fine-tuning")
     parser.add_argument("--sentences", type=int, default=None, help="training sentences; default: 4000")
     parser.add_argument("both", nargs="*", metavar="--key value", help="behind --: options for both training scripts")
     arguments = parser.parse_args(argv)

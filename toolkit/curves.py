@@ -28,6 +28,9 @@ FIRST = (
 BOOKKEEPING = {"update", "total_updates", "epoch", "elapsed_seconds", "audio_seconds", "stage", "micro_batches"}
 """Keys of a row that are no curve."""
 
+SPREAD = ("grad_norm", "loss")
+"""Metrics that are drawn on a logarithmic axis when they range over more than a factor of 100."""
+
 MAX_PANELS = 12
 SMOOTH_FROM = 200  # points; above it the raw curve goes pale under its running mean
 
@@ -200,7 +203,7 @@ def _draw_panel(panel: Any, runs: Sequence[RunCurves], metric: str, reference: f
     if reference is not None:
         panel.axhline(reference, color="gray", linestyle=":", linewidth=1.0)
     values = np.concatenate(everything) if everything else np.array([])
-    if len(values) and values.min() > 0 and values.max() > 100 * values.min():
+    if metric.endswith(SPREAD) and len(values) and values.min() > 0 and values.max() > 100 * values.min():
         panel.set_yscale("log")
     panel.set_title(metric, fontsize=10)
     panel.set_xlabel("update", fontsize=8)

@@ -119,7 +119,7 @@ def prepare_librispeech(
     output_folder: str | Path,
     *,
     splits: Sequence[str] | None = None,
-    subset_lists: Mapping[str, str | Path] | None = None,
+    subset_lists: Sequence[str] = (),
     min_duration: float | None = None,
     max_duration: float | None = None,
     check: str = "decode",
@@ -135,7 +135,7 @@ def prepare_librispeech(
     data_folder : the LibriSpeech folder (it holds ``dev-clean`` and so on), or the folder around it.
     output_folder : where the manifests, ``scan/`` and the summary go; created when missing.
     splits : folders (any that have the corpus' layout) and subsets; None takes every one that is there.
-    subset_lists : name of a further subset to a file that lists its utterance IDs, one a line.
+    subset_lists : further subsets, each "NAME=FILE"; the file lists utterance IDs, one a line.
     min_duration, max_duration : seconds, inclusive, for train folders only (a test set is never thinned out).
     check : "decode" reads every file to its end, "header" believes the header (faster; misses truncated files).
     max_bad_share : corrupt files of a folder tolerated, as a share of its audio files.
@@ -152,7 +152,7 @@ def prepare_librispeech(
     ManifestError : a folder, a list or too much audio is missing or bad. ConfigError : an argument makes no sense.
     """
     root, output = corpus_root(Path(data_folder), splits or ()), Path(output_folder)
-    lists = dict(subset_lists or {})
+    lists = parse_lists(subset_lists)
     wanted = list(dict.fromkeys(splits)) if splits else folders_there(root)
     wanted += [name for name in lists if name not in wanted]
     check_arguments(root, wanted, lists, min_duration, max_duration, check, max_bad_share)
@@ -216,6 +216,14 @@ def corpus_root(folder: Path, splits: Sequence[str]) -> Path:
         f"data_folder {str(folder)!r} holds none of {', '.join(OFFICIAL_UTTERANCES)}; give the folder that "
         "LibriSpeech's archives unpack to (SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac)."
     )
+
+
+def parse_lists(items: Sequence[str]) -> dict[str, Path]:
+    """"NAME=FILE" to name and file."""
+    pairs = [item.partition("=") for item in items]
+    if wrong := [item for item, (name, _, file) in zip(items, pairs, strict=True) if not (name and file)]:
+        raise ConfigError(f"subset_lists has {wrong[0]!r}; write NAME=FILE, for example train-mine=ids.txt.")
+    return {name: Path(file) for name, _, file in pairs}
 
 
 def folders_there(root: Path) -> list[str]:
@@ -496,11 +504,7 @@ def main(argv: Sequence[str]) -> int:
     add("--max_bad_share", type=float, default=0.1, help="share of corrupt files tolerated in a folder")
     add("--seed", type=int, default=1234, help="of the choice of subsets")
     add("--num_workers", type=int, help="processes; default: up to 8")
-    arguments = vars(parser.parse_args(argv))
-    pairs = [item.partition("=") for item in arguments.pop("subset_lists")]
-    if any(not file for _, _, file in pairs):
-        raise ConfigError("--subset_lists takes NAME=FILE, for example --subset_lists train-mine=ids.txt.")
-    prepare_librispeech(**arguments, subset_lists={name: file for name, _, file in pairs})
+    prepare_librispeech(**vars(parser.parse_args(argv)))
     return 0
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items
 from toolkit.data.manifest import Manifest, read_manifests
-from toolkit.errors import run_main
+from toolkit.errors import ConfigError, run_main
 from toolkit.models.folder import save_model_folder
 from toolkit.models.pretrainer import Pretrainer
 from toolkit.models.wav2vec2 import PretrainingOutput
@@ -50,6 +50,10 @@ def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | N
         return read_manifests(paths, replacements=replacements) if paths else None
 
     train, valid, test = (read(part) for part in ("train", "valid", "test"))
+    if train is None:
+        raise ConfigError("train_splits is empty; name at least one manifest to train on.")
+    if valid is None and len(train) < 2:
+        raise ConfigError(f"{train.source} has one utterance, too few to hold some out; give --valid_manifest.")
     if valid is None:
         order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
         held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)

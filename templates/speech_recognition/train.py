@@ -8,6 +8,7 @@ The same command again continues the run. See README.md.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
-from toolkit.data.manifest import Manifest, read_manifests
+from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
 from toolkit.data.tokens import Tokenizer, load_tokenizer
 from toolkit.decoding.ctc import greedy_decode
 from toolkit.decoding.scoring import WordErrors
-from toolkit.errors import run_main
+from toolkit.errors import ConfigError, run_main
 from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
 from toolkit.models.folder import load_model, read_model_config, save_model_folder
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
 from toolkit.seeds import Randomness
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
+from toolkit.training.hparams import construct
 
 
 class Recognizer(Brain):
@@ -62,6 +64,13 @@ def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | N
         return read_manifests(paths, replacements=replacements) if paths else None
 
     train, valid, test = (read(part) for part in ("train", "valid", "test"))
+    if train is None:
+        raise ConfigError("train_splits is empty; name at least one manifest to train on.")
+    for part in (train, valid, test):
+        if part is not None and (sentence := describe_empty_texts(part)):
+            experiment.say(f"warning: {sentence}")
+    if valid is None and len(train) < 2:
+        raise ConfigError(f"{train.source} has one utterance, too few to hold some out; give --valid_manifest.")
     if valid is None:
         order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
         held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
@@ -76,9 +85,10 @@ def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
     hparams = experiment.hparams
     training = hparams["encoder_training"]
     if hparams["pretrained"] is None:
-        encoder = Wav2Vec2Encoder(**hparams["encoder_sizes"], **training)
+        encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
     else:
-        encoder = Wav2Vec2Encoder.from_folder(hparams["pretrained"], **training)
+        from_folder = partial(Wav2Vec2Encoder.from_folder, hparams["pretrained"])
+        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
     return CTCModel(
         encoder,
         tokenizer.vocab_size,

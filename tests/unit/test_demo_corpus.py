@@ -34,6 +34,11 @@ def test_an_utterance_does_not_depend_on_what_was_spoken_before(engine: Espeak) 
     assert not np.array_equal(forward[name][:4000], utterance(engine, speaker, name, "seven red boxes", 2)[:4000])
 
 
+def test_a_breathy_voice_breathes_by_its_seed(engine: Espeak) -> None:
+    one, same, other = (engine.speak("seven red boxes", Voice("en-us", "f5"), seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
 def test_the_speech_is_speech(engine: Espeak) -> None:
     for speaker in cast(1)[::7]:
         short = utterance(engine, speaker, "a", "six", 1)

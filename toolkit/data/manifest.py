@@ -16,7 +16,13 @@ from toolkit.data.columns import TextColumn
 from toolkit.data.table import FilterReport, Manifest
 from toolkit.errors import ManifestError
 
-__all__ = ["FilterReport", "Manifest", "TextColumn", "read_manifest", "read_manifests", "write_manifest"]
+__all__ = [
+    "FilterReport", "Manifest", "TextColumn",
+    "describe_empty_texts", "read_manifest", "read_manifests", "write_manifest",
+]  # fmt: skip
+
+EMPTY_NAMED = 5
+"""Utterances with an empty transcript that the sentence about them names."""
 
 KINDS = (".csv", ".json", ".jsonl", ".tsv")
 
@@ -51,6 +57,8 @@ def read_manifest(
     ManifestError with the file and the line: missing file or column, empty or bad value, an ID that comes twice,
     wrong text encoding, or no utterance at all.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ManifestError(f"{path!r} is no path of a manifest; give the name of a file, in quotes if it is a number.")
     path = Path(path)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
@@ -90,6 +98,29 @@ def read_manifests(
     """Read several manifests, of any kinds, into one; arguments and errors as for :func:`read_manifest`."""
     return Manifest.concatenate(
         [read_manifest(path, replacements=replacements, sample_rate=sample_rate) for path in paths]
+    )
+
+
+def describe_empty_texts(manifest: Manifest, column: str = "wrd") -> str | None:
+    """A sentence about utterances whose transcript is empty, None where there are none.
+
+    Example
+    -------
+    >>> texts = {"a": "X", "b": ""}
+    >>> rows = [{"ID": name, "duration": 1.0, "wav": "/a.wav", "wrd": text} for name, text in texts.items()]
+    >>> print(describe_empty_texts(Manifest.from_rows(rows)))
+    the rows: 1 of 2 utterances has an empty transcript (b) and counts as silence; complete the row if words are spoken.
+    """
+    texts = manifest.column(column)
+    empty = [row for row, text in enumerate(texts) if not text.strip()]
+    if not empty:
+        return None
+    named = ", ".join(manifest.ids[row] for row in empty[:EMPTY_NAMED])
+    more = f" and {len(empty) - EMPTY_NAMED} more" if len(empty) > EMPTY_NAMED else ""
+    has, counts, rows = ("has", "counts", "row") if len(empty) == 1 else ("have", "count", "rows")
+    return (
+        f"{manifest.source}: {len(empty)} of {len(manifest)} utterances {has} an empty transcript ({named}{more}) and "
+        f"{counts} as silence; complete the {rows} if words are spoken."
     )
 
 

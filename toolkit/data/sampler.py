@@ -340,5 +340,5 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, value in numbers.items():
-        if value is not None and not value > 0:
+        if value is not None and (not isinstance(value, (int, float, np.number)) or not value > 0):
             raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")

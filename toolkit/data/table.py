@@ -117,7 +117,10 @@ class Manifest:
         if name == "duration":
             return self.durations
         if name not in self._texts:
-            raise ManifestError(f"{self.source} has no column {name!r}; it has {', '.join(self.columns)}.")
+            raise ManifestError(
+                f"{self.source} has no column {name!r}; it has {', '.join(self.columns)}: add the column, or correct "
+                "its name in the header."
+            )
         return self._texts[name]
 
     def row(self, index: int) -> dict[str, str | float]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.errors import CheckpointError, ModelError
+from toolkit.errors import CheckpointError, ModelError, ToolkitError
 from toolkit.models.model_files import load_tensors, read_model_folder
 from toolkit.nn.fast.bits import DropoutBits, dropout
 from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
@@ -36,7 +36,8 @@ from toolkit.seeds import Randomness
 class Encoded:
     """What the encoder makes of a batch.
 
-    features : (batch, frames, dim), in the format that was computed in.
+    features : (batch, frames, dim), or (S, dim) of S masked frames if only these were asked for, in the format that
+        was computed in.
     frame_lengths : (batch,) int64 on the host, real frames of each utterance.
     extractor_features : (batch, frames, channels) float32, after the layer norm and before any masking.
     feature_penalty : mean square of the convolutions' output, a scalar.
@@ -199,7 +200,15 @@ class Wav2Vec2Encoder(nn.Module):
         if unknown := sorted(overrides.keys() - _ENCODER_ARGUMENTS):
             nearest = difflib.get_close_matches(unknown[0], _ENCODER_ARGUMENTS, 1, 0.0)[0]
             raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
-        encoder = cls(**settings | overrides)
+        try:
+            encoder = cls(**settings | overrides)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ToolkitError):
+                raise
+            raise CheckpointError(
+                f"{folder}: the settings in config.json make no encoder ({error}); was the folder written by another "
+                "program?"
+            ) from error
         tensors = contents.tensors if contents.config.kind == "wav2vec2_encoder" else contents.part("encoder")
         load_tensors(encoder, tensors, source=folder)
         return encoder
@@ -242,6 +251,7 @@ class Wav2Vec2Encoder(nn.Module):
         time_mask: np.ndarray | Tensor | None = None,
         channel_mask: np.ndarray | Tensor | None = None,
         layers: bool = False,
+        masked_only: bool = False,
     ) -> Encoded:
         """Encode a batch.
 
@@ -254,6 +264,8 @@ class Wav2Vec2Encoder(nn.Module):
         time_mask : (batch, frames) bool, True where a frame is replaced by the mask vector.
         channel_mask : (batch, dim) bool, True where a channel is set to zero, after the time mask.
         layers : return every layer's outputs.
+        masked_only : the result's features are those of the masked frames alone, (S, dim), utterance by utterance,
+            and the last layer leaves the others out.
 
         Raises
         ------
@@ -279,7 +291,14 @@ class Wav2Vec2Encoder(nn.Module):
             masked = None if time_mask is None else MaskedFrames.of(time_mask, device)
             hidden = self._masked(hidden, masked, channel_mask)
             padded = bool((frame_lengths < frames).any())
-            out = self.transformer(hidden, frame_lengths if padded else None, rng=rng, dtype=dtype, layers=layers)
+            out = self.transformer(
+                hidden,
+                frame_lengths if padded else None,
+                rng=rng,
+                dtype=dtype,
+                layers=layers,
+                positions=masked.positions if masked_only and masked is not None else None,
+            )
         out, per_layer = out if layers else (out, None)
         return Encoded(out, frame_lengths, normed, penalty, hidden, masked, per_layer)
 

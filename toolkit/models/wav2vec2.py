@@ -192,7 +192,7 @@ class Wav2Vec2Pretraining(nn.Module):
             )
         if time_mask is None:
             time_mask = self._draw_time_mask(waveforms, lengths, rng)
-        encoded = self.encoder(waveforms, lengths, rng=rng, time_mask=time_mask)
+        encoded = self.encoder(waveforms, lengths, rng=rng, time_mask=time_mask, masked_only=True)
         if not encoded.masked.total:
             return self._nothing_masked(encoded, update)
         if negatives is None:
@@ -222,7 +222,7 @@ class Wav2Vec2Pretraining(nn.Module):
                 noise = draw_gumbel_noise(shape, rng.torch(device, "gumbel"))
         quantized = self.quantizer(frames, update=update, noise=noise)
         targets = self.target_projection(quantized.vectors)
-        predictions = self.final_projection(widened(encoded.features.flatten(0, 1).index_select(0, positions)))
+        predictions = self.final_projection(widened(encoded.features))
         logits = (contrastive_logits if self.fast else contrastive_logits_plain)(
             predictions, targets, quantized.codes, negatives, counts=counts, temperature=self.logit_temperature
         )

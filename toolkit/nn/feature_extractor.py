@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -126,7 +128,8 @@ class FeatureExtractor(nn.Module):
         if self.norm_over_padding:
             lengths = None
         sizes = full_lengths(lengths, len(waveforms), samples)
-        x = waveforms
+        frames = int(self.frame_lengths(torch.tensor(samples)))
+        x = self._rounded_up(waveforms) if self.fast and waveforms.device.type == "cpu" else waveforms
         for i, block in enumerate(self.blocks):
             sizes = [max(0, _output_frames(n, block)) for n in sizes]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -135,7 +138,20 @@ class FeatureExtractor(nn.Module):
                 )
             else:
                 x = self._run(i, x, sizes, dtype)
-        return x
+        return x[:, :frames]
+
+    def _rounded_up(self, waveforms: Tensor) -> Tensor:
+        """Zeros behind the waveforms, so that each convolution's input is a whole number of its strides.
+
+        Then the rows of neighboring utterances join up, and short ones can be taken in one product. What the zeros
+        give is padding: it counts nowhere and is cut off at the end.
+        """
+        first, *others = self.blocks
+        multiple = math.prod(block.stride for block in others)
+        windows = _output_frames(waveforms.shape[1], first)
+        windows = -(-windows // multiple) * multiple
+        samples = (windows - 1) * first.stride + first.weight.shape[2]
+        return F.pad(waveforms, (0, samples - waveforms.shape[1])) if samples > waveforms.shape[1] else waveforms
 
     def _run(self, i: int, x: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
         block = self.blocks[i]

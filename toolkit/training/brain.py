@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError, ModelError
+from toolkit.errors import ConfigError, ModelError, ToolkitError
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.context import MicroBatches, RunContext
@@ -194,6 +194,10 @@ class Brain:
         self._prepare_fit(train_loader)
         length = self.progress.length
         if length.is_reached(self.update):
+            if valid_loader is not None and length.finished_limits is None and not self._is_validated():
+                # The last session ended in its last validation.
+                length.mark_finished()
+                self.saver.save(self._validate(valid_loader, self.epoch))
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
@@ -298,7 +302,14 @@ class Brain:
             self.on_stage_end(Stage.TRAIN, progress.end_epoch(), epoch)
         metrics = None
         if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
-            metrics = self._validate(valid_loader, epoch)
+            try:
+                metrics = self._validate(valid_loader, epoch)
+            except ToolkitError:
+                # A bad file among the validation's must not cost what was trained before it; of several ranks one
+                # alone may have met it, and saving takes all.
+                if self.world.size == 1:
+                    self.saver.save()
+                raise
         if ends:
             progress.length.mark_finished()
         if stops and not ends:
@@ -475,7 +486,7 @@ class Brain:
 
     def _tell_bad_audio(self, micro: Any) -> None:
         for name, sentence in micro.bad:
-            self._say_once(f"left out {name}: {sentence}")
+            self._say_once(f"left out {name}: {sentence.removeprefix(f'utterance {name}: ')}")
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._told:

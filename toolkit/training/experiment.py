@@ -278,8 +278,8 @@ class Experiment:
         loaded = brain.saver.load_weights(evaluate)
         if self.options.test_only and not loaded and not self.hparams.get("pretrained"):
             raise CheckpointError(
-                f"there is nothing to evaluate: {self.output_folder / 'save'} holds no checkpoint and no pretrained "
-                "model was given; train first, or name the folder of a run with --output_folder."
+                f"there is nothing to evaluate: {self.output_folder / 'save'} holds no sound checkpoint and no "
+                "pretrained model was given; train first, or name the folder of a run with --output_folder."
             )
         model_folder = self.output_folder / "model"
         if save_model is not None and not (self.options.test_only and model_folder.exists()):

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class FolderLock:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         self._file = file
+        # Forked processes share the lock: workers that outlive a killed run by seconds would hold it against the next.
+        own = weakref.ref(self)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+            os.register_at_fork(after_in_child=lambda: _forget(own()))
         return self
 
     def release(self) -> None:
@@ -64,6 +69,13 @@ class FolderLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+
+def _forget(lock: FolderLock | None) -> None:
+    """Close a forked process's share of a lock; the one who took it keeps it."""
+    if lock is not None and lock._file is not None:
+        lock._file.close()
+        lock._file = None
 
 
 def _lock_file(file: Any) -> bool:

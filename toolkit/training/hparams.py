@@ -11,7 +11,8 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ OUTPUT_NAME = "hyperparams.yaml"
 COPY_MARK = "# Resolved copy of "
 
 
+class Hparams(dict[str, Any]):
+    """A built YAML: its keys to values and objects. Asking for a key that it lacks is a ConfigError in one sentence."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"{self.path} has no key {key!r}, which the script asks for; add it to the file.")
+
+
 @dataclass(frozen=True)
 class HparamsPlan:
     """A YAML read, overridden and checked, with nothing built yet.
@@ -86,7 +98,7 @@ class HparamsPlan:
         stack: list[Any] = []
         loader = _recording_loader(stack)
         try:
-            return hyperpyyaml.load_hyperpyyaml(io.StringIO(self.text), loader=loader)
+            return Hparams(hyperpyyaml.load_hyperpyyaml(io.StringIO(self.text), loader=loader), self.path)
         except ToolkitError as error:
             raise type(error)(f"{self._place(stack)}: {error}") from error
         except (*CONSTRUCTOR_ERRORS, ruamel.yaml.error.YAMLError) as error:
@@ -168,6 +180,49 @@ def load_hparams(
 ) -> dict[str, Any]:
     """``plan_hparams(...).build()``: the YAML's keys to values and objects."""
     return plan_hparams(path, overrides, options=options).build()
+
+
+def construct(
+    function: Callable[..., Any], /, *, types: Callable[..., Any] | None = None, **parts: Mapping[str, Any]
+) -> Any:
+    """Call ``function`` with settings that stand in the YAML as plain mappings, checked before the call.
+
+    Arguments
+    ---------
+    types : whose arguments' types count, where ``function`` itself passes them on; None = ``function``.
+    parts : key of the YAML to its mapping (argument to value).
+
+    Raises
+    ------
+    ConfigError : a value of a wrong type, or settings that the function refuses; names the keys.
+
+    Example
+    -------
+    >>> import torch
+    >>> construct(torch.nn.Linear, sizes={"in_features": 2}, rest={"out_features": 3, "bias": "yes"})
+    Traceback (most recent call last):
+        ...
+    toolkit.errors.ConfigError: rest.bias must be True or False, but is the text 'yes' (write True or False).
+    """
+    source = function if types is None else types
+    hints = typing.get_type_hints(source.__init__ if isinstance(source, type) else source)
+    arguments: dict[str, Any] = {}
+    for key, settings in parts.items():
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{key} must be a mapping such as {{a: 1}}, but is {settings!r}.")
+        for name, value in settings.items():
+            try:
+                arguments[name] = coerce(value, hints.get(name, Any))
+            except WrongType as error:
+                raise ConfigError(f"{key}.{name} {error}.") from error
+    try:
+        return function(**arguments)
+    except ToolkitError:
+        raise
+    except CONSTRUCTOR_ERRORS as error:
+        name = getattr(source, "__name__", str(source))
+        words = _constructor_words(error)
+        raise ConfigError(f"{' and '.join(parts)}: no {name} with these settings: {words}.") from error
 
 
 def save_resolved(plan: HparamsPlan, folder: Path | str) -> Path:

@@ -88,7 +88,7 @@ def build_optimizer(
 
     Raises
     ------
-    ConfigError : nothing to train, or a group that fits no parameter.
+    ConfigError : nothing to train, a group that fits no parameter, or settings that the optimizer refuses.
 
     Example
     -------
@@ -120,7 +120,11 @@ def build_optimizer(
         described.append(entry)
     if members[-1]:
         described.append({"params": members[-1], "name": "rest", "lr_factor": 1.0, "freeze_updates": 0})
-    optimizer = _fused_where_possible(opt_class)(described)
+    try:
+        optimizer = _fused_where_possible(opt_class)(described)
+    except (TypeError, ValueError) as error:
+        name = getattr(getattr(opt_class, "func", opt_class), "__name__", str(opt_class))
+        raise ConfigError(f"opt_class: {name} cannot be made with these settings ({error}); correct them.") from error
     for entry in optimizer.param_groups:
         entry["base_lr"] = float(entry["lr"]) * entry["lr_factor"]
     return optimizer

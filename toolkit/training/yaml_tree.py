@@ -254,8 +254,9 @@ def set_key(tree: YamlTree, name: str, value: Any) -> None:
             )
         raise ConfigError(f"{tree.path}: there is no key {key!r}; " + did_you_mean(key, map(str, below), prefix="--"))
     default = parent[key] if known else None
+    annotation = callee.annotations.get(key, Any) if callee else Any
     try:
-        typed = _typed(value, default, callee.annotations.get(key, Any) if callee else Any, key)
+        typed = _typed(value, default, annotation, key, _takes_null(tree, keys))
     except WrongType as error:
         raise ConfigError(f"--{name} {error} ({_default_words(tree, keys, default)}).") from error
     if isinstance(typed, dict) and (isinstance(default, CommentedMap) or tag_of(default).startswith(OPENABLE)):
@@ -280,23 +281,36 @@ def _default_words(tree: YamlTree, keys: Keys, default: Any) -> str:
     return tree.where(keys)
 
 
-def _typed(value: Any, default: Any, annotation: Any, key: str | int) -> Any:
-    """``value`` checked against the argument's annotation and against the value that stands in the YAML."""
+def _takes_null(tree: YamlTree, keys: Keys) -> bool:
+    """Whether a key that has a value may be set to nothing: its comment then says what null means."""
+    return re.search(r"\bnull\b", tree.comment(keys)) is not None
+
+
+def _typed(value: Any, default: Any, annotation: Any, key: str | int, takes_null: bool) -> Any:
+    """``value`` checked against the argument's annotation and against the value that stands in the YAML.
+
+    Nothing in the place of a value (``takes_null`` False) is refused where people type it; code knows what it does.
+    """
     if isinstance(value, Path):
         value = str(value)
+    nothing: tuple[type, ...] = (type(None),) if takes_null or not isinstance(value, CommandLineText) else ()
+    # Folders and files may be named by digits, which are no number then.
+    is_path = re.search(r"(folder|file|path|dir|manifest|csv|json|pretrained)$", str(key)) is not None
     if annotation is not Any:
         value = coerce(value, annotation)
     tag = tag_of(default)
     if tag.startswith(CALL_TAGS):
-        typed = coerce(value, dict | None)
+        typed = coerce(value, typing.Union[(dict, *nothing)])
     elif tag == "!PLACEHOLDER":
-        # What only the user knows is mostly a path: its digits are no number.
-        is_path = re.search(r"(folder|file|path|dir|manifest|csv|json)$", str(key))
-        typed = coerce(value, str | None) if is_path and isinstance(value, CommandLineText) else coerce(value, Any)
+        typed = coerce(value, str) if is_path and isinstance(value, CommandLineText) else coerce(value, Any)
     elif tag:
         typed = coerce(value, str if "/" in str(getattr(default, "value", "")) else Any)
     else:
         kinds = kinds_like(plain_or_none(default))
+        if kinds is not None:
+            kinds = (*(kind for kind in kinds if kind is not type(None)), *nothing)
+        elif is_path and isinstance(value, CommandLineText):
+            kinds = (str, type(None))
         typed = coerce(value, Any) if kinds is None else coerce(value, typing.Union[kinds])  # noqa: UP007
     return coerce(typed, Any)
 

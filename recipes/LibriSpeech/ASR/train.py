@@ -10,6 +10,7 @@ gives the WER of the output folder's best checkpoint, or of the ``model/`` folde
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the script runs from a clone, installed or not
@@ -17,16 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the scri
 from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
-from toolkit.data.manifest import Manifest, read_manifests
+from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
 from toolkit.data.tokens import Tokenizer, load_tokenizer
 from toolkit.decoding.ctc import greedy_decode
 from toolkit.decoding.scoring import WordErrors
-from toolkit.errors import run_main
+from toolkit.errors import ConfigError, run_main
 from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
 from toolkit.models.folder import load_model, read_model_config, save_model_folder
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
+from toolkit.training.hparams import construct
 
 
 class ASR(Brain):
@@ -57,7 +59,10 @@ def read_splits(experiment: Experiment, splits: Sequence[str], manifests: Mappin
     if not splits:
         return None
     paths = [manifests[split] for split in splits]
-    return read_manifests(paths, replacements={"data_root": experiment.hparams["data_folder"]})
+    manifest = read_manifests(paths, replacements={"data_root": experiment.hparams["data_folder"]})
+    if sentence := describe_empty_texts(manifest):
+        experiment.say(f"warning: {sentence}")
+    return manifest
 
 
 def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
@@ -65,9 +70,10 @@ def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
     hparams = experiment.hparams
     training = hparams["encoder_training"]
     if hparams["pretrained"] is None:
-        encoder = Wav2Vec2Encoder(**hparams["encoder_sizes"], **training)
+        encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
     else:
-        encoder = Wav2Vec2Encoder.from_folder(hparams["pretrained"], **training)
+        from_folder = partial(Wav2Vec2Encoder.from_folder, hparams["pretrained"])
+        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
         experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {hparams['pretrained']}")
     return CTCModel(
         encoder,
@@ -92,6 +98,8 @@ def main(argv: Sequence[str]) -> None:
             say=experiment.say,
         )
         train = read_splits(experiment, train_splits, manifests)
+        if train is None:
+            raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
         train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
         experiment.say(f"training: {report}")
         sample_rate, normalize = hparams["sample_rate"], hparams["normalize"]

@@ -18,7 +18,7 @@ from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items
 from toolkit.data.manifest import read_manifests
-from toolkit.errors import run_main
+from toolkit.errors import ConfigError, run_main
 from toolkit.models.folder import save_model_folder
 from toolkit.models.pretrainer import Pretrainer
 from toolkit.models.wav2vec2 import PretrainingOutput
@@ -71,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
             say=experiment.say,
         )
         train = make_dataset(experiment, train_splits, manifests, limited=True)
+        if train is None:
+            raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
         valid = make_dataset(experiment, valid_splits, manifests)
         tests = {split: make_dataset(experiment, [split], manifests) for split in test_splits}
         model = hparams["model"]

@@ -282,7 +282,10 @@ def test_unknown_column_and_kind(tmp_path):
     manifest = expected(tmp_path)
     with pytest.raises(ManifestError) as caught:
         manifest.column("speaker")
-    assert str(caught.value) == "the rows has no column 'speaker'; it has ID, duration, wav, wrd."
+    assert str(caught.value) == (
+        "the rows has no column 'speaker'; it has ID, duration, wav, wrd: add the column, or correct its name in the "
+        "header."
+    )
     with pytest.raises(ManifestError) as caught:
         write_manifest(tmp_path / "a.txt", manifest)
     assert str(caught.value) == (

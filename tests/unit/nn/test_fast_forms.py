@@ -1,5 +1,7 @@
 """Each fast form against its plain formula, and its gradient against finite differences, in float64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_bits_repeat_for_the_same_place_and_differ_for_another():
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.5, 0.9, 0.999])
 def test_keep_rate(p):
     n = 400_000
-    kept = float(-bits().keep(p, n).sum(dtype=torch.int64)) / n
+    kept = float(bits().keep(p, n).sum(dtype=torch.int64)) / n
     assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5 + 1 / 32768
 
 
@@ -54,7 +56,7 @@ def test_keep_rate(p):
 def test_dropout_scales_what_it_keeps(dtype):
     x = torch.randn(1000, dtype=dtype).requires_grad_()
     out = fast.dropout(x, 0.25, bits())
-    kept = bits().keep(0.25, 1000) == -1
+    kept = bits().keep(0.25, 1000) == 1
     assert torch.equal(out == 0, ~kept | (x == 0))
     assert torch.allclose(out[kept], x[kept] / 0.75, rtol=1e-2 if dtype != DOUBLE else 1e-12)
     (gradient,) = torch.autograd.grad(out.sum(), x)
@@ -87,6 +89,22 @@ def test_attention_is_that_of_torch():
     q, k, v = (t.view(6, 2, 4).transpose(0, 1) for t in qkv.chunk(3, 1))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(6, 8)
     assert torch.allclose(fast.attention(qkv, [6], 2, p=0.5, bits=None), expected)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 2, 1]])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_batched_attention(lengths, p):
+    padding = fast.padding_mask(torch.tensor(lengths), 5) if min(lengths) < 5 else None
+    form = fast.batched_attention
+    check(lambda qkv, fast: form(qkv, padding, 3, 2, p=p, bits=bits(), fast=fast), tensor(15, 3 * 2 * 4))
+
+
+def test_batched_attention_equals_the_one_by_utterance():
+    lengths = [5, 2, 1]
+    x = tensor(3, 5, 3 * 8)
+    out = fast.batched_attention(x.view(15, 24), fast.padding_mask(torch.tensor(lengths), 5), 3, 2)
+    packed = fast.attention(fast.pack_rows(x, lengths), lengths, 2)
+    assert torch.allclose(fast.pack_rows(out.view(3, 5, 8), lengths), packed)
 
 
 def test_padded_attention_equals_the_packed_one():
@@ -144,10 +162,13 @@ def test_layer_norm_keeps_the_format_of_rows_and_computes_in_float32(affine):
     ("kernel", "stride"), [(3, 2), (2, 2), (4, 4), (1, 1), (2, 3), (1, 4), (5, 2), (7, 3), (3, 1), (10, 1)]
 )
 def test_convolution(kernel, stride, norm):
-    """(10, 1) is over the number of chunks and takes the library's convolution."""
+    """(10, 1) is over the number of chunks and takes the library's convolution. Inputs of a whole number of strides
+    are taken in one product, with some frames of padding more."""
     function = fast.convolution_gelu
-    inputs = (6 - 1) * stride + kernel + (stride - 1) // 2
-    for frames in ([6, 6], [6, 1], [0, 5]):
+    least = (6 - 1) * stride + kernel
+    for inputs, frames in itertools.product(
+        (least + (stride - 1) // 2, -(-least // stride) * stride), ([6, 6], [6, 1], [0, 5])
+    ):
         x = tensor(2, inputs, 2)
         parameters = [tensor(3, 2, kernel, seed=1), tensor(3, seed=2)]
         if norm:
@@ -155,7 +176,9 @@ def test_convolution(kernel, stride, norm):
 
         def form(x, weight, bias, *norms, fast, frames=frames):
             names = dict(zip(("norm_weight", "norm_bias"), norms, strict=True)) if norms else {}
-            return function(x, weight, bias, stride, frames, fast=fast, **names)
+            out = function(x, weight, bias, stride, frames, fast=fast, **names)
+            assert not out[:, 6:].any()
+            return out[:, :6]
 
         check(form, x, *parameters)
         if not norm:

@@ -259,11 +259,11 @@ def test_whole_subset_says_what_is_missing(tmp_path: Path) -> None:
 def test_listed_subset(tmp_path: Path) -> None:
     listed = tmp_path / "ids.txt"
     listed.write_text("1737-146161-0007\n1737/146161/1737-146161-0009.flac\n\n")
-    manifests = run(TINY, tmp_path / "out", splits=[DEV], subset_lists={"train-mine": listed})
+    manifests = run(TINY, tmp_path / "out", splits=[DEV], subset_lists=[f"train-mine={listed}"])
     assert [row["ID"] for row in rows(manifests["train-mine"])] == ["1737-146161-0007", "1737-146161-0009"]
     listed.write_text("1737-146161-0007\n9-9-9\n")
     with pytest.raises(ManifestError, match=r"1 of the 2 utterances listed in .* the first 9-9-9"):
-        run(TINY, tmp_path / "out", subset_lists={"train-mine": listed})
+        run(TINY, tmp_path / "out", subset_lists=[f"train-mine={listed}"])
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,9 @@ def test_listed_subset(tmp_path: Path) -> None:
         ({"splits": ["dev-claen"]}, ManifestError, "dev-claen: not in .* which holds dev-clean, train-clean-100"),
         ({"check": "fast"}, ConfigError, "check is 'fast'; take 'decode' or 'header'"),
         ({"max_bad_share": 2}, ConfigError, "max_bad_share is 2"),
+        ({"subset_lists": ["ids.txt"]}, ConfigError, "subset_lists has 'ids.txt'; write NAME=FILE"),
         ({"min_duration": 9, "max_duration": 3}, ConfigError, "min_duration 9 s is above max_duration 3 s"),
-        ({"subset_lists": {"a": "nowhere.txt"}}, ManifestError, "a: the file 'nowhere.txt' does not exist"),
+        ({"subset_lists": ["a=nowhere.txt"]}, ManifestError, "a: the file 'nowhere.txt' does not exist"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, options: dict, error: type, sentence: str) -> None:

@@ -105,7 +105,7 @@ def test_a_number_given_for_a_path_stays_text(tmp_path):
 def test_no_tag_of_the_command_line_runs(tmp_path):
     made = tmp_path / "made"
     given = typed(note=f"!apply:os.mkdir ['{made}']", lr="!apply:os.getpid []")
-    with pytest.raises(ConfigError, match="--lr must be a number or null"):
+    with pytest.raises(ConfigError, match="--lr must be a number, but"):
         load_hparams(write(tmp_path, RECIPE), given)
     del given["lr"]
     assert load_hparams(write(tmp_path, RECIPE), given)["note"].startswith("!apply")
@@ -145,10 +145,10 @@ def test_all_placeholders_at_once_with_their_comments(tmp_path):
         ("modules.layer.bias", "0", "FILE, line 24, key 'modules.layer' refers to 'layer'; set the value there: "
          "--layer.NAME."),
         ("lr.x", "3", "FILE, line 13, key 'lr' holds one value and has no keys of its own."),
-        ("lr", "fast", "--lr must be a number or null, but is the text 'fast' (FILE, line 13, key 'lr')."),
-        ("train_splits", "a", "--train_splits must be a list such as [a, b] or null, but is the text 'a' (write [a]) "
+        ("lr", "fast", "--lr must be a number, but is the text 'fast' (FILE, line 13, key 'lr')."),
+        ("train_splits", "a", "--train_splits must be a list such as [a, b], but is the text 'a' (write [a]) "
          "(FILE, line 9, key 'train_splits')."),
-        ("layer", "3", "--layer must be a mapping such as {a: 1} or null, but is 3 (FILE, line 17, key 'layer' builds "
+        ("layer", "3", "--layer must be a mapping such as {a: 1}, but is 3 (FILE, line 17, key 'layer' builds "
          "an object; set its arguments as --layer.NAME)."),
         ("layer.out_features", "2.5", "--layer.out_features must be a whole number, but is 2.5 (FILE, line 20, key "
          "'layer.out_features')."),

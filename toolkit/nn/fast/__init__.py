@@ -6,6 +6,7 @@ with torch's own kernels; the tests hold the two against each other.
 """
 
 from toolkit.nn.fast.attention import attention, padded_attention, plain_attention
+from toolkit.nn.fast.batched_attention import batched_attention
 from toolkit.nn.fast.bits import DropoutBits, dropout
 from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, set_fast, unpack_rows
 from toolkit.nn.fast.convolution import convolution_gelu, plain_convolution_gelu
@@ -30,6 +31,7 @@ from toolkit.nn.fast.positional import plain_window_convolution, window_convolut
 __all__ = [
     "DropoutBits",
     "attention",
+    "batched_attention",
     "convolution_gelu",
     "convolution_group_norm_gelu",
     "convolution_layer_norm_gelu",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,41 +20,56 @@ def attention(
     *,
     p: float = 0.0,
     bits: DropoutBits | None = None,
+    queries: Tensor | None = None,
+    query_lengths: list[int] | None = None,
     fast: bool = True,
 ) -> Tensor:
     """softmax(q k' / sqrt(head size)) v in each utterance and head, with dropout on the probabilities.
 
     Arguments
     ---------
-    qkv : (rows, 3 * dim): queries, keys and values side by side; rows are the frames of all utterances in turn.
-    lengths : frames of each utterance; they sum to rows.
+    qkv : (rows, 3 * dim): queries, keys and values side by side; rows are the frames of all utterances in turn,
+        and perhaps some more that belong to none. With ``queries`` (rows, 2 * dim): keys and values only.
+    lengths : frames of each utterance.
     num_heads : heads, of dim / num_heads channels each.
     p : drop probability of the attention probabilities, used when ``bits`` is given.
     bits : where dropout decisions come from; None means evaluation.
+    queries, query_lengths : (query rows, dim) and how many of them ask in each utterance, where not all frames do.
     fast : False takes the plain formula.
 
     Returns
     -------
-    (rows, dim), the heads side by side.
+    (rows, dim), or (query rows, dim): the heads side by side; zero in rows that belong to no utterance.
     """
     p = p if bits is not None else 0.0
-    if takes_fast_form(fast, qkv):
-        if wants_gradient(qkv):
-            return _Attention.apply(qkv, lengths, num_heads, p, bits)
-        return _attend(qkv, lengths, num_heads, p, bits, None)
-    return plain_attention(qkv, lengths, num_heads, p=p, bits=bits)
+    if query_lengths is None:
+        query_lengths = lengths
+    if takes_fast_form(fast, qkv, queries):
+        if wants_gradient(qkv, queries):
+            return _Attention.apply(qkv, queries, lengths, query_lengths, num_heads, p, bits)
+        return _attend(qkv, queries, lengths, query_lengths, num_heads, p, bits, None)
+    return plain_attention(qkv, lengths, num_heads, p=p, bits=bits, queries=queries, query_lengths=query_lengths)
 
 
 def plain_attention(
-    qkv: Tensor, lengths: list[int], num_heads: int, *, p: float = 0.0, bits: DropoutBits | None = None
+    qkv: Tensor,
+    lengths: list[int],
+    num_heads: int,
+    *,
+    p: float = 0.0,
+    bits: DropoutBits | None = None,
+    queries: Tensor | None = None,
+    query_lengths: list[int] | None = None,
 ) -> Tensor:
     """The formula of :func:`attention`, utterance by utterance (CPU decisions are drawn in the same order)."""
+    if queries is None:
+        queries, qkv = qkv.split([qkv.shape[1] // 3, 2 * qkv.shape[1] // 3], 1)
+    size = queries.shape[1] // num_heads
     outputs = []
-    size = qkv.shape[1] // 3 // num_heads
-    for rows in qkv.split(lengths):
-        frames = len(rows)
-        # (frames, 3 * dim) -> three of (heads, frames, channels of a head)
-        q, k, v = rows.view(frames, 3, num_heads, size).permute(1, 2, 0, 3)
+    for asked, rows in _utterances(query_lengths or lengths, lengths):
+        # (frames, heads * size) -> (heads, frames, size)
+        q = queries[asked].view(-1, num_heads, size).transpose(0, 1)
+        k, v = qkv[rows].view(-1, 2, num_heads, size).permute(1, 2, 0, 3)
         probabilities = torch.softmax(q @ k.transpose(1, 2) * size**-0.5, -1)
         if p > 0 and bits is not None:
             if bits.device.type == "cpu":
@@ -60,8 +77,9 @@ def plain_attention(
                 probabilities = probabilities.masked_fill(keep == 0, 0.0) / (1 - p)
             else:
                 probabilities = F.dropout(probabilities, p)
-        outputs.append((probabilities @ v).transpose(0, 1).reshape(frames, num_heads * size))
-    return torch.cat(outputs)
+        outputs.append((probabilities @ v).transpose(0, 1).reshape(-1, num_heads * size))
+    rest = len(queries) - sum(map(len, outputs))
+    return torch.cat([*outputs, queries.new_zeros(rest, num_heads * size)])
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, p: float) -> Tensor:
@@ -77,31 +95,62 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, p:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
 
 
+def _utterances(query_lengths: list[int], lengths: list[int]) -> Iterator[tuple[slice, slice]]:
+    """For each utterance with queries: where these are, and where its frames are."""
+    first_query, first_row = 0, 0
+    for m, n in zip(query_lengths, lengths, strict=True):
+        if m:
+            yield slice(first_query, first_query + m), slice(first_row, first_row + n)
+        first_query += m
+        first_row += n
+
+
+def _by_head(rows: Tensor, parts: int, num_heads: int) -> Tensor:
+    """(frames, parts * heads * size) -> (parts, heads, frames, size), copied.
+
+    The copy costs a tenth of a product of one head and frame; products on strided rows lose two to four tenths.
+    """
+    size = rows.shape[1] // parts // num_heads
+    by_head = rows.reshape(len(rows), parts, num_heads, size).permute(1, 2, 0, 3)
+    return by_head.clone(memory_format=torch.contiguous_format)
+
+
+def _head_view(rows: Tensor, part: int, num_heads: int, size: int) -> Tensor:
+    """One part of rows (frames, parts * heads * size) as a view (heads, frames, size), to write products to."""
+    columns = slice(part * num_heads * size, (part + 1) * num_heads * size)
+    return rows[:, columns].view(len(rows), num_heads, size).transpose(0, 1)
+
+
 def _attend(
-    qkv: Tensor, lengths: list[int], num_heads: int, p: float, bits: DropoutBits | None, kept: list[Tensor] | None
+    qkv: Tensor,
+    queries: Tensor | None,
+    lengths: list[int],
+    query_lengths: list[int],
+    num_heads: int,
+    p: float,
+    bits: DropoutBits | None,
+    kept: list[Tensor] | None,
 ) -> Tensor:
-    """The forward pass; appends probabilities before and after dropout of each utterance to ``kept``."""
-    size = qkv.shape[1] // 3 // num_heads
-    out = qkv.new_empty(qkv.shape[0], num_heads * size)
-    scale, keep_scale = size**-0.5, 1 / (1 - p)
-    for rows, target in zip(qkv.split(lengths), out.split(lengths), strict=True):
-        frames = len(rows)
-        x = rows.view(frames, 3, num_heads, size)
-        scores = torch.bmm((x[:, 0] * scale).transpose(0, 1), x[:, 1].permute(1, 2, 0))
-        probabilities = torch.softmax(scores, -1)
+    """The forward pass; appends what backward needs of each utterance to ``kept``: queries (scaled), keys and values,
+    both by head, and the probabilities before and after dropout."""
+    asking = qkv if queries is None else queries
+    dim = qkv.shape[1] // 3 if queries is None else queries.shape[1]
+    size = dim // num_heads
+    out = qkv.new_empty(len(asking), dim)
+    out[sum(query_lengths) :] = 0
+    for asked, rows in _utterances(query_lengths, lengths):
+        q = _by_head(asking[asked, :dim], 1, num_heads).mul_(size**-0.5)
+        kv = _by_head(qkv[rows, -2 * dim :], 2, num_heads)
+        probabilities = torch.softmax(torch.bmm(q[0], kv[0].transpose(1, 2)), -1)
+        dropped = probabilities
         if p > 0:
             # without a backward pass the softmax may be overwritten: nobody needs it again
             mask = apply_mask_ if kept is None else apply_mask
-            dropped = mask(probabilities, bits.keep(p, num_heads, frames, frames))
-        else:
-            dropped = probabilities
-        result = torch.bmm(dropped, x[:, 2].transpose(0, 1))
-        if p > 0:
-            result.mul_(keep_scale)
-        target.view(frames, num_heads, size).copy_(result.transpose(0, 1))
+            dropped = mask(probabilities, bits.keep(p, *probabilities.shape))
+        torch.bmm(dropped, kv[1], out=_head_view(out[asked], 0, num_heads, size))
         if kept is not None:
-            kept += [probabilities, dropped]
-    return out
+            kept += [q, kv, probabilities, dropped]
+    return out.mul_(1 / (1 - p)) if p > 0 else out
 
 
 class _Attention(torch.autograd.Function):
@@ -114,34 +163,48 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, lengths: list[int], num_heads: int, p: float, bits: DropoutBits | None) -> Tensor:
+    def forward(ctx, qkv, queries, lengths: list[int], query_lengths: list[int], num_heads: int, p: float, bits):
         kept: list[Tensor] = []
-        out = _attend(qkv, lengths, num_heads, p, bits, kept)
-        ctx.save_for_backward(qkv, out, *kept)
-        ctx.settings = (lengths, num_heads, p)
+        out = _attend(qkv, queries, lengths, query_lengths, num_heads, p, bits, kept)
+        ctx.save_for_backward(out, *kept)
+        ctx.settings = (lengths, query_lengths, num_heads, p, len(qkv), queries is not None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        qkv, out, *kept = ctx.saved_tensors
-        lengths, num_heads, p = ctx.settings
-        size = out.shape[1] // num_heads
-        scale, keep_scale = size**-0.5, 1 / (1 - p)
-        grad_qkv = torch.empty_like(qkv)
-        parts = zip(*(t.split(lengths) for t in (qkv, grad_qkv, grad, out)), strict=True)
-        for b, (rows, grad_rows, grad_out, out_rows) in enumerate(parts):
-            probabilities, dropped = kept[2 * b : 2 * b + 2]
-            frames = len(rows)
-            # (frames, channels) -> (heads, frames, channels of a head)
-            x = rows.view(frames, 3, num_heads, size)
-            dx = grad_rows.view(frames, 3, num_heads, size)
-            do = grad_out.reshape(frames, num_heads, size)
-            wide = torch.float32 if qkv.dtype == torch.bfloat16 else qkv.dtype
-            delta = (do.to(wide) * out_rows.view(frames, num_heads, size)).sum(-1).t().unsqueeze(-1).to(qkv.dtype)
-            do = (do * keep_scale).transpose(0, 1)
-            dx[:, 2].copy_(torch.bmm(dropped.transpose(1, 2), do).transpose(0, 1))
-            ds = torch.bmm(do, x[:, 2].permute(1, 2, 0)).mul_(dropped).addcmul_(probabilities, delta, value=-1)
-            dx[:, 0].copy_(torch.bmm(ds, x[:, 1].transpose(0, 1)).mul_(scale).transpose(0, 1))
-            dx[:, 1].copy_(torch.bmm(ds.transpose(1, 2), x[:, 0].transpose(0, 1)).mul_(scale).transpose(0, 1))
-        return grad_qkv, None, None, None, None
+        out, *kept = ctx.saved_tensors
+        lengths, query_lengths, num_heads, p, total, separate = ctx.settings
+        dim = out.shape[1]
+        size = dim // num_heads
+        d_qkv = out.new_empty(total, (2 if separate else 3) * dim)
+        d_queries = torch.empty_like(out) if separate else d_qkv
+        first = 0 if separate else 1
+        by_head = (len(out), num_heads, size)
+        delta = torch.linalg.vecdot(grad.reshape(by_head), out.view(by_head))
+        places = _utterances(query_lengths, lengths)
+        for i, (asked, rows) in enumerate(places):
+            q, kv, probabilities, dropped = kept[4 * i : 4 * i + 4]
+            do = _by_head(grad[asked], 1, num_heads)[0]
+            if p > 0:
+                do.mul_(1 / (1 - p))
+            dk, dv = (_head_view(d_qkv[rows], first + part, num_heads, size) for part in range(2))
+            torch.bmm(dropped.transpose(1, 2), do, out=dv)
+            ds = torch.bmm(do, kv[1].transpose(1, 2)).mul_(dropped)
+            ds.addcmul_(probabilities, delta[asked].t()[:, :, None], value=-1)
+            torch.bmm(ds, kv[0], out=_head_view(d_queries[asked], 0, num_heads, size))
+            torch.bmm(ds.transpose(1, 2), q[0], out=dk)
+        _zero_unasked(d_qkv, d_queries, lengths, query_lengths)
+        d_queries[:, :dim].mul_(size**-0.5)
+        return d_qkv, (d_queries if separate else None), None, None, None, None, None
+
+
+def _zero_unasked(d_qkv: Tensor, d_queries: Tensor, lengths: list[int], query_lengths: list[int]) -> None:
+    """Zero gradients for rows behind the last utterance, and for the frames of utterances without a query."""
+    d_qkv[sum(lengths) :] = 0
+    d_queries[sum(query_lengths) :] = 0
+    first = 0
+    for m, n in zip(query_lengths, lengths, strict=True):
+        if m == 0:
+            d_qkv[first : first + n] = 0
+        first += n

@@ -43,22 +43,42 @@ def full_lengths(frame_lengths: Tensor | Sequence[int] | None, batch: int, frame
     return [max(0, min(int(n), frames)) for n in lengths]
 
 
+GROUP_BYTES = 4 << 20
+"""Short utterances are taken together up to this many bytes of activations, which stay in the caches of a core."""
+
+
+def utterance_groups(batch: int, utterance_bytes: int) -> list[range]:
+    """Neighboring utterances to work on in one product: as many as fit into GROUP_BYTES, one at least.
+
+    A product of few rows is slow, and one of a number of rows not seen before has to be set up first; several short
+    utterances, with their padding, make many rows, and equally many in every batch of one shape.
+    """
+    size = max(1, GROUP_BYTES // max(utterance_bytes, 1))
+    return [range(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
+def zero_behind(x: Tensor, frames: Sequence[int], group: range) -> None:
+    """Zeros behind the real frames of the group's utterances, in place; x (batch, frames, ...)."""
+    for b in group:
+        x[b, frames[b] :] = 0
+
+
 def padding_mask(frame_lengths: Tensor, frames: int) -> Tensor:
     """(batch, frames) bool, True where there is padding."""
     return torch.arange(frames, device=frame_lengths.device)[None] >= frame_lengths[:, None]
 
 
 class _Pack(torch.autograd.Function):
-    """(batch, frames, dim) -> (sum of lengths, dim): the real frames of all utterances, one after the other."""
+    """(batch, frames, dim) -> (rows, dim): the real frames of all utterances, one after the other, then zeros."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, lengths: list[int]) -> Tensor:
+    def forward(ctx, x: Tensor, lengths: list[int], rows: int) -> Tensor:
         ctx.lengths, ctx.frames = lengths, x.shape[1]
-        return torch.cat([x[b, :n] for b, n in enumerate(lengths)])
+        return _pack(x, lengths, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _unpack(grad, ctx.lengths, ctx.frames), None
+        return _unpack(grad, ctx.lengths, ctx.frames), None, None
 
 
 class _Unpack(torch.autograd.Function):
@@ -66,12 +86,22 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, lengths: list[int], frames: int) -> Tensor:
-        ctx.lengths = lengths
+        ctx.lengths, ctx.rows = lengths, len(rows)
         return _unpack(rows, lengths, frames)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return torch.cat([grad[b, :n] for b, n in enumerate(ctx.lengths)]), None, None
+        return _pack(grad, ctx.lengths, ctx.rows), None, None
+
+
+def _pack(x: Tensor, lengths: list[int], rows: int) -> Tensor:
+    out = x.new_empty(rows, x.shape[2])
+    start = 0
+    for b, n in enumerate(lengths):
+        out[start : start + n] = x[b, :n]
+        start += n
+    out[start:] = 0
+    return out
 
 
 def _unpack(rows: Tensor, lengths: list[int], frames: int) -> Tensor:
@@ -84,15 +114,20 @@ def _unpack(rows: Tensor, lengths: list[int], frames: int) -> Tensor:
     return out
 
 
-def pack_rows(x: Tensor, lengths: list[int]) -> Tensor:
-    """(batch, frames, dim) -> (rows, dim) with the real frames only; a view where nothing is padded."""
-    if all(n == x.shape[1] for n in lengths):
+def pack_rows(x: Tensor, lengths: list[int], multiple: int = 1) -> Tensor:
+    """(batch, frames, dim) -> (rows, dim) with the real frames only, then zero rows up to a ``multiple``.
+
+    Matrix products on a CPU are 3 to 5 % faster where the number of rows is a multiple of 8.
+    """
+    real = sum(lengths)
+    rows = -(-real // multiple) * multiple
+    if rows == real == x.shape[0] * x.shape[1]:
         return x.reshape(-1, x.shape[2])
-    return _Pack.apply(x, lengths)
+    return _Pack.apply(x, lengths, rows)
 
 
 def unpack_rows(rows: Tensor, lengths: list[int], frames: int) -> Tensor:
-    """(rows, dim) -> (batch, frames, dim), zero in the padding; a view where nothing is padded."""
-    if all(n == frames for n in lengths):
+    """(rows, dim) -> (batch, frames, dim), zero in the padding; a view where there is none."""
+    if all(n == frames for n in lengths) and len(rows) == sum(lengths):
         return rows.view(len(lengths), frames, rows.shape[1])
     return _Unpack.apply(rows, lengths, frames)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.nn.fast.common import takes_fast_form, wants_gradient
+from toolkit.nn.fast.common import takes_fast_form, utterance_groups, wants_gradient, zero_behind
 from toolkit.nn.fast.first_convolution import zero_padding
 from toolkit.nn.fast.linear import layer_norm
 
@@ -49,7 +49,8 @@ def convolution_gelu(
 
     Returns
     -------
-    (batch, frames, channels), zero in the padding.
+    (batch, frames, channels), zero in the padding. Where the input frames are a whole number of strides there can be a
+    few more frames than the plain formula gives, all padding.
     """
     kernel = weight.shape[2]
     if takes_fast_form(fast, x, weight) and -(-kernel // stride) <= MAX_CHUNKS:
@@ -83,21 +84,48 @@ def plain_convolution_gelu(
     return zero_padding(F.gelu(z), frames)
 
 
+def _groups(x: Tensor, capacity: int, channels: int, stride: int) -> list[range]:
+    """Utterances to take in one product: several short ones where they lie at a multiple of the stride, else one.
+
+    A product of few rows is slow, and one of a new number of rows has to be set up; merged rows are many, and as many
+    in every batch of one shape.
+    """
+    batch, inputs, _ = x.shape
+    size = capacity * channels * x.element_size()
+    return utterance_groups(batch, size) if inputs == capacity * stride else [range(b, b + 1) for b in range(batch)]
+
+
+def _capacity(inputs: int, kernel: int, stride: int) -> int:
+    """Output frames to make room for: where the input is a whole number of strides, rows of neighbors join up."""
+    return inputs // stride if inputs % stride == 0 and kernel >= stride else (inputs - kernel) // stride + 1
+
+
+def _rows(x: Tensor, group: range) -> Tensor:
+    """(batch, frames, channels) -> (frames of the group's utterances, channels), a view."""
+    return x[group.start : group.stop].flatten(0, 1)
+
+
+def _real_rows(frames: list[int], group: range, capacity: int) -> int:
+    """Rows to compute: those of one utterance; of several, all but what lies behind the last one's end."""
+    return (len(group) - 1) * capacity + frames[group[-1]]
+
+
 def _chunks(x: Tensor, n: int, kernel: int, stride: int) -> Iterator[tuple[Tensor, slice]]:
     """For each chunk of taps: its input as an (n, taps * channels) view of ``x`` (frames, channels), and the
-    columns of the weight that belong to it."""
+    columns of the weight that belong to it. A view ends with ``x``, which can be a few rows before ``n``."""
     channels = x.shape[1]
     for first in range(0, kernel, stride):
-        width = min(stride, kernel - first) * channels
-        view = x.as_strided((n, width), (stride * channels, 1), x.storage_offset() + first * channels)
-        yield view, slice(first * channels, first * channels + width)
+        width = min(stride, kernel - first)
+        rows = min(n, (len(x) - first - width) // stride + 1)
+        view = x.as_strided((rows, width * channels), (stride * channels, 1), x.storage_offset() + first * channels)
+        yield view, slice(first * channels, (first + width) * channels)
 
 
 def _product(x: Tensor, rows: Tensor, bias: Tensor | None, kernel: int, stride: int, out: Tensor) -> None:
-    """The convolution of one utterance: x (input frames, channels), out (n, channels)."""
+    """The convolution of utterances in turn: x (input frames, channels), out (n, channels)."""
     for i, (view, columns) in enumerate(_chunks(x, len(out), kernel, stride)):
         if i > 0:
-            out.addmm_(view, rows[:, columns].t())
+            out[: len(view)].addmm_(view, rows[:, columns].t())
         elif bias is None:
             torch.mm(view, rows[:, columns].t(), out=out)
         else:
@@ -117,21 +145,20 @@ def _forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Output, pre-activation before the norm (kept for backward if ``keep``), and the norm's statistics."""
-    batch, inputs, _ = x.shape
-    longest = (inputs - kernel) // stride + 1
-    out = x.new_empty(batch, longest, len(rows))
+    capacity = _capacity(x.shape[1], kernel, stride)
+    out = x.new_empty(len(x), capacity, len(rows))
     z = torch.empty_like(out) if keep else None
     statistics: list[Tensor] = []
-    for b, n in enumerate(frames):
-        out[b, n:] = 0
-        if n == 0:
-            continue
-        y = out[b, :n] if z is None else z[b, :n]
-        _product(x[b], rows, bias, kernel, stride, y)
-        if norm_weight is not None:
-            y, mean, rstd = torch.native_layer_norm(y, (len(rows),), norm_weight, norm_bias, eps)
-            statistics += [mean, rstd]
-        torch._C._nn.gelu(y, out=out[b, :n])
+    for group in _groups(x, capacity, len(rows), stride):
+        if n := _real_rows(frames, group, capacity):
+            result = _rows(out, group)[:n]
+            y = result if z is None else _rows(z, group)[:n]
+            _product(_rows(x, group), rows, bias, kernel, stride, y)
+            if norm_weight is not None:
+                y, mean, rstd = torch.native_layer_norm(y, (len(rows),), norm_weight, norm_bias, eps)
+                statistics += [mean, rstd]
+            torch._C._nn.gelu(y, out=result)
+        zero_behind(out, frames, group)
     return out, z, statistics
 
 
@@ -153,29 +180,38 @@ class _ConvolutionGelu(torch.autograd.Function):
         d_rows = torch.zeros_like(rows)
         d_bias = rows.new_zeros(len(rows)) if has_bias else None
         d_norm = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)] if norm_weight is not None else None
-        buffer = torch.empty_like(z[0])
+        capacity, grad = z.shape[1], grad.contiguous()
+        groups = _groups(x, capacity, len(rows), stride)
+        buffer = z.new_empty(len(groups[0]), capacity, len(rows))
         statistics = iter(zip(statistics[::2], statistics[1::2], strict=True))
-        for b, n in enumerate(frames):
+        for group in groups:
+            n = _real_rows(frames, group, capacity)
             if n == 0:
                 if needs_input:
-                    dx[b] = 0
+                    dx[group.start : group.stop] = 0
                 continue
-            dz = buffer[:n]
+            dz = _rows(buffer, range(len(group)))[:n]
+            grad_rows, z_rows = _rows(grad, group)[:n], _rows(z, group)[:n]
+            if len(group) > 1:
+                # rows between the utterances hold what was computed across their seams: nothing comes back from there
+                grad_rows = dz.copy_(grad_rows)
+                zero_behind(buffer, [frames[b] for b in group], range(len(group)))
             if d_norm is None:
-                torch.ops.aten.gelu_backward.grad_input(grad[b, :n], z[b, :n], approximate="none", grad_input=dz)
+                torch.ops.aten.gelu_backward.grad_input(grad_rows, z_rows, approximate="none", grad_input=dz)
             else:
-                dz = _norm_gelu_backward(grad[b, :n], z[b, :n], next(statistics), norm_weight, norm_bias, d_norm)
+                dz = _norm_gelu_backward(grad_rows, z_rows, next(statistics), norm_weight, norm_bias, d_norm)
             if has_bias:
                 d_bias.add_(dz.sum(0))
-            for i, (view, columns) in enumerate(_chunks(x[b], n, kernel, stride)):
-                d_rows[:, columns].addmm_(dz.t(), view)
+            group_x = _rows(x, group)
+            for i, (view, columns) in enumerate(_chunks(group_x, n, kernel, stride)):
+                d_rows[:, columns].addmm_(dz[: len(view)].t(), view)
                 if needs_input:
-                    _input_gradient(dx[b], dz, rows[:, columns], i, n, kernel, stride)
+                    _input_gradient(_rows(dx, group), dz[: len(view)], rows[:, columns], i, n, kernel, stride)
         return dx, d_rows, d_bias, *(d_norm or (None, None)), None, None, None, None
 
 
 def _norm_gelu_backward(grad, z, statistics, norm_weight, norm_bias, d_norm: list[Tensor]) -> Tensor:
-    """Gradient before the norm, of one utterance; adds the norm's own gradients to ``d_norm``."""
+    """Gradient before the norm; adds the norm's own gradients to ``d_norm``."""
     mean, rstd = statistics
     shape = (z.shape[1],)
     # the norm is computed again from what is kept: cheaper than keeping another activation
@@ -191,7 +227,7 @@ def _norm_gelu_backward(grad, z, statistics, norm_weight, norm_bias, d_norm: lis
 
 def _input_gradient(dx: Tensor, dz: Tensor, rows: Tensor, chunk: int, n: int, kernel: int, stride: int) -> None:
     """Add one chunk's gradient to ``dx`` (input frames, channels); the first chunk writes instead."""
-    view, _ = next(_chunks(dx[chunk * stride :], n, rows.shape[1] // dx.shape[1], stride))
+    view, _ = next(_chunks(dx[chunk * stride :], len(dz), rows.shape[1] // dx.shape[1], stride))
     if chunk > 0:
         view.addmm_(dz, rows)
         return

@@ -6,12 +6,14 @@ samples, so nothing is kept but the output: backward computes the pre-activation
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.nn.fast.common import takes_fast_form, wants_gradient
+from toolkit.nn.fast.common import takes_fast_form, utterance_groups, wants_gradient, zero_behind
 from toolkit.nn.fast.linear import layer_norm
 
 BLOCK = 2048
@@ -74,9 +76,11 @@ def convolution_group_norm_gelu(
         return plain_convolution_group_norm_gelu(
             waveforms, weight, norm_weight, norm_bias, stride, frames, dtype=dtype, eps=eps
         )
-    windows, taps = _windows(waveforms, weight, stride)
-    folded, shift = _fold_norm(windows, frames, taps, norm_weight, norm_bias, eps)
-    return _windows_gelu(windows, folded, shift, frames, dtype)
+    windows = _windows(waveforms, weight.shape[2], stride)
+    folded = _fold_norm(windows, frames, weight[:, 0].t(), norm_weight, norm_bias, eps)
+    if wants_gradient(folded):
+        return _WindowsGelu.apply(windows, folded, frames, dtype)
+    return _windows_gelu(windows, folded, frames, dtype)
 
 
 def plain_convolution_group_norm_gelu(
@@ -97,82 +101,95 @@ def plain_convolution_group_norm_gelu(
     return z.transpose(1, 2).contiguous()
 
 
-def _windows(waveforms: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Windows of the waveform (batch, frames, kernel), and the weight as (kernel, channels)."""
-    return waveforms.unfold(1, weight.shape[2], stride).contiguous(), weight[:, 0].t()
+def _windows(waveforms: Tensor, kernel: int, stride: int) -> Tensor:
+    """Windows of the waveform and a one behind each: (batch, frames, kernel + 1).
+
+    With the shift as one more row of the weight, shift and its gradient come out of the same products.
+    """
+    windows = waveforms.unfold(1, kernel, stride)
+    out = waveforms.new_ones(*windows.shape[:2], kernel + 1)
+    out[..., :kernel] = windows
+    return out
 
 
 def _fold_norm(
     windows: Tensor, frames: list[int], taps: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Weights (batch, kernel, channels) and shifts (batch, channels) with the norm folded in.
+) -> Tensor:
+    """Weights with the norm folded in, and the shift as the last row: (batch, kernel + 1, channels).
 
     Mean and variance over time of windows @ taps are mean @ taps and taps' covariance taps, exactly, with a
     kernel x kernel covariance of the windows; so autograd runs on small matrices, in float64, and not on activations.
     """
     wide = taps.double()
-    folded, shifts = [], []
+    folded = []
     for x, n in zip(windows, frames, strict=True):
-        x = x[: max(n, 1)].double()
+        x = x[: max(n, 1), :-1].double()
         mean = x.mean(0)
         x = x - mean
         variance = ((x.t() @ x / len(x)) @ wide).mul(wide).sum(0)
         scaled = wide * (norm_weight.double() * torch.rsqrt(variance + eps))
-        folded.append(scaled)
-        shifts.append(norm_bias.double() - mean @ scaled)
-    return torch.stack(folded).to(taps.dtype), torch.stack(shifts).to(taps.dtype)
+        folded.append(torch.cat([scaled, (norm_bias.double() - mean @ scaled)[None]]))
+    return torch.stack(folded).to(taps.dtype)
 
 
-def _windows_gelu(windows: Tensor, folded: Tensor, shift: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
-    """gelu(windows @ folded + shift) per utterance; windows (batch, frames, kernel)."""
-    if wants_gradient(folded, shift):
-        return _WindowsGelu.apply(windows, folded, shift, frames, dtype)
-    return _windows_gelu_forward(windows, folded, shift, frames, dtype)
+def _blocks(frames: list[int], longest: int, channels: int) -> Iterator[tuple[slice, slice]]:
+    """Utterances and frames to take at a time: a block of one long utterance, or several short ones as they lie."""
+    for group in utterance_groups(len(frames), longest * channels * 4):
+        end = max(frames[b] for b in group)
+        step = BLOCK if len(group) == 1 else longest
+        for start in range(0, end, step):
+            yield slice(group.start, group.stop), slice(start, min(start + step, end))
 
 
-def _windows_gelu_forward(
-    windows: Tensor, folded: Tensor, shift: Tensor, frames: list[int], dtype: torch.dtype
-) -> Tensor:
+def _buffer(windows: Tensor, frames: list[int], channels: int) -> Tensor:
+    """Room for one block's activations, (numbers,)."""
+    sizes = [(u.stop - u.start) * (t.stop - t.start) for u, t in _blocks(frames, windows.shape[1], channels)]
+    return windows.new_empty(max(sizes, default=0) * channels)
+
+
+def _windows_gelu(windows: Tensor, folded: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
+    """gelu(windows @ folded) per utterance; windows (batch, frames, kernel + 1)."""
     batch, longest, _ = windows.shape
-    out = windows.new_empty(batch, longest, folded.shape[2], dtype=dtype)
-    buffer = windows.new_empty(min(BLOCK, longest), folded.shape[2])
-    for b, n in enumerate(frames):
-        for start in range(0, n, BLOCK):
-            end = min(start + BLOCK, n)
-            z = torch.addmm(shift[b], windows[b, start:end], folded[b], out=buffer[: end - start])
-            if dtype == z.dtype:
-                torch._C._nn.gelu(z, out=out[b, start:end])
-            else:
-                out[b, start:end] = torch._C._nn.gelu(z, out=z)
-        out[b, n:] = 0
+    channels = folded.shape[2]
+    out = windows.new_empty(batch, longest, channels, dtype=dtype)
+    buffer = _buffer(windows, frames, channels)
+    for utterances, rows in _blocks(frames, longest, channels):
+        x, target = windows[utterances, rows], out[utterances, rows]
+        z = torch.bmm(x, folded[utterances], out=buffer[: target.numel()].view(target.shape))
+        if dtype == z.dtype and target.is_contiguous():  # torch's gelu does not write to strided results
+            torch._C._nn.gelu(z, out=target)
+        else:
+            target.copy_(torch._C._nn.gelu(z, out=z))
+    zero_behind(out, frames, range(batch))
     return out
 
 
 class _WindowsGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, windows, folded, shift, frames: list[int], dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(windows, folded, shift)
+    def forward(ctx, windows: Tensor, folded: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(windows, folded)
         ctx.frames = frames
-        return _windows_gelu_forward(windows, folded, shift, frames, dtype)
+        return _windows_gelu(windows, folded, frames, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        windows, folded, shift = ctx.saved_tensors
-        d_folded, d_shift = torch.zeros_like(folded), torch.zeros_like(shift)
-        z_buffer = folded.new_empty(min(BLOCK, windows.shape[1]), folded.shape[2])
-        grad_buffer = torch.empty_like(z_buffer) if grad.dtype != folded.dtype else None
-        for b, n in enumerate(ctx.frames):
-            for start in range(0, n, BLOCK):
-                end = min(start + BLOCK, n)
-                x, g = windows[b, start:end], grad[b, start:end]
-                z = torch.addmm(shift[b], x, folded[b], out=z_buffer[: end - start])
-                if grad_buffer is not None:
-                    g = grad_buffer[: end - start].copy_(g)
-                torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=z)
-                d_folded[b].addmm_(x.t(), z)
-                d_shift[b].add_(z.sum(0))
-        return None, d_folded, d_shift, None, None
+        windows, folded = ctx.saved_tensors
+        d_folded = torch.zeros_like(folded)
+        z_buffer = _buffer(windows, ctx.frames, folded.shape[2])
+        grad_buffer = torch.empty_like(z_buffer)
+        for utterances, rows in _blocks(ctx.frames, *grad.shape[1:]):
+            x, g = windows[utterances, rows], grad[utterances, rows]
+            z = torch.bmm(x, folded[utterances], out=z_buffer[: g.numel()].view(g.shape))
+            if len(g) > 1:
+                # several utterances with the padding between them, from where no gradient may come
+                g = grad_buffer[: g.numel()].view(g.shape).copy_(g)
+                zero_behind(g, ctx.frames[utterances], range(len(g)))
+            elif g.dtype != z.dtype:
+                g = grad_buffer[: g.numel()].view(g.shape).copy_(g)
+            torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=z)
+            d_folded[utterances].baddbmm_(x.transpose(1, 2), z)
+        return None, d_folded, None, None
 
 
 # ---------------------------------------------------------------- layer norm
@@ -199,11 +216,12 @@ def convolution_layer_norm_gelu(
         return plain_convolution_layer_norm_gelu(
             waveforms, weight, bias, norm_weight, norm_bias, stride, frames, dtype=dtype, eps=eps
         )
-    windows, taps = _windows(waveforms, weight, stride)
+    windows = _windows(waveforms, weight.shape[2], stride)
     shift = torch.zeros_like(norm_bias) if bias is None else bias
-    if wants_gradient(taps, shift, norm_weight, norm_bias):
-        return _WindowsNormGelu.apply(windows, taps, shift, norm_weight, norm_bias, frames, dtype, eps)
-    return _windows_norm_gelu_forward(windows, taps, shift, norm_weight, norm_bias, frames, dtype, eps)
+    taps = torch.cat([weight[:, 0].t(), shift[None]])
+    if wants_gradient(taps, norm_weight, norm_bias):
+        return _WindowsNormGelu.apply(windows, taps, norm_weight, norm_bias, frames, dtype, eps)
+    return _windows_norm_gelu(windows, taps, norm_weight, norm_bias, frames, dtype, eps)
 
 
 def plain_convolution_layer_norm_gelu(
@@ -234,45 +252,42 @@ def zero_padding(x: Tensor, frames: list[int]) -> Tensor:
     return torch.where(real[..., None], x, 0)
 
 
-def _windows_norm_gelu_forward(windows, taps, shift, norm_weight, norm_bias, frames, dtype, eps) -> Tensor:
+def _windows_norm_gelu(windows, taps, norm_weight, norm_bias, frames, dtype, eps) -> Tensor:
+    """gelu(layer_norm(windows @ taps)) per utterance."""
     batch, longest, _ = windows.shape
     out = windows.new_empty(batch, longest, taps.shape[1], dtype=dtype)
-    for b, n in enumerate(frames):
-        for start in range(0, n, BLOCK):
-            end = min(start + BLOCK, n)
-            z = torch.addmm(shift, windows[b, start:end], taps)
-            out[b, start:end] = F.gelu(F.layer_norm(z, (z.shape[1],), norm_weight, norm_bias, eps))
-        out[b, n:] = 0
+    for utterances, rows in _blocks(frames, longest, taps.shape[1]):
+        z = windows[utterances, rows] @ taps
+        out[utterances, rows] = F.gelu(F.layer_norm(z, (z.shape[2],), norm_weight, norm_bias, eps))
+    zero_behind(out, frames, range(batch))
     return out
 
 
 class _WindowsNormGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, windows, taps, shift, norm_weight, norm_bias, frames: list[int], dtype, eps: float) -> Tensor:
-        ctx.save_for_backward(windows, taps, shift, norm_weight, norm_bias)
+    def forward(ctx, windows, taps, norm_weight, norm_bias, frames: list[int], dtype, eps: float) -> Tensor:
+        ctx.save_for_backward(windows, taps, norm_weight, norm_bias)
         ctx.frames, ctx.eps = frames, eps
-        return _windows_norm_gelu_forward(windows, taps, shift, norm_weight, norm_bias, frames, dtype, eps)
+        return _windows_norm_gelu(windows, taps, norm_weight, norm_bias, frames, dtype, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        windows, taps, shift, norm_weight, norm_bias = ctx.saved_tensors
-        d_taps, d_shift, d_norm_weight, d_norm_bias = (
-            torch.zeros_like(t) for t in (taps, shift, norm_weight, norm_bias)
-        )
+        windows, taps, norm_weight, norm_bias = ctx.saved_tensors
+        d_taps, d_norm_weight, d_norm_bias = (torch.zeros_like(t) for t in (taps, norm_weight, norm_bias))
         shape = (taps.shape[1],)
-        for b, n in enumerate(ctx.frames):
-            for start in range(0, n, BLOCK):
-                x = windows[b, start : min(start + BLOCK, n)]
-                g = grad[b, start : start + len(x)].to(taps.dtype)
-                z = torch.addmm(shift, x, taps)
-                y, mean, rstd = torch.native_layer_norm(z, shape, norm_weight, norm_bias, ctx.eps)
-                dy = torch.ops.aten.gelu_backward(g, y)
-                dz, dw, db = torch.ops.aten.native_layer_norm_backward(
-                    dy, z, shape, mean, rstd, norm_weight, norm_bias, [True] * 3
-                )
-                d_taps.addmm_(x.t(), dz)
-                d_shift.add_(dz.sum(0))
-                d_norm_weight.add_(dw)
-                d_norm_bias.add_(db)
-        return None, d_taps, d_shift, d_norm_weight, d_norm_bias, None, None, None
+        for utterances, rows in _blocks(ctx.frames, *grad.shape[1:]):
+            x, g = windows[utterances, rows], grad[utterances, rows].to(taps.dtype)
+            if len(g) > 1:
+                g = g.clone()
+                zero_behind(g, ctx.frames[utterances], range(len(g)))
+            z = x @ taps
+            y, mean, rstd = torch.native_layer_norm(z, shape, norm_weight, norm_bias, ctx.eps)
+            dy = torch.ops.aten.gelu_backward(g, y)
+            dz, dw, db = torch.ops.aten.native_layer_norm_backward(
+                dy, z, shape, mean, rstd, norm_weight, norm_bias, [True] * 3
+            )
+            d_taps.addmm_(x.flatten(0, 1).t(), dz.flatten(0, 1))
+            d_norm_weight.add_(dw)
+            d_norm_bias.add_(db)
+        return None, d_taps, d_norm_weight, d_norm_bias, None, None, None
