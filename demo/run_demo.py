@@ -31,8 +31,8 @@ SPLITS = ("--train_splits", "[train]", "--valid_splits", "[dev]")
 
 # What the tiny YAMLs are changed in for ten minutes of clean, short sentences; the reasons are in demo/README.md.
 PRETRAIN_CHANGES = {
-    "max_updates": 100000, "min_duration": 1.0, "effective_batch": 80.0, "batch_seconds": 80.0, "crop_seconds": 4.0,
-    "valid_interval_updates": 100,
+    "max_updates": 100000, "min_duration": 1.0, "effective_batch": 20.0, "batch_seconds": 20.0, "crop_seconds": 4.0,
+    "valid_interval_updates": 200, "lr": 0.002,
 }  # fmt: skip
 FINETUNE_CHANGES = {
     "max_updates": 100000, "effective_batch": 30.0, "batch_seconds": 30.0, "valid_interval_updates": 300,

@@ -143,7 +143,10 @@ def run_until(script: Path, words: Iterable[Any], reached: Callable[[], bool], s
 
 @dataclass(frozen=True)
 class Stop:
-    """A signal that a run sends itself in the forward pass of a micro-batch: exactly there, at any speed."""
+    """A signal that a run sends itself in the forward pass of a micro-batch: exactly there, at any speed.
+
+    In an update with fewer micro-batches it comes with the next update. Of several ranks the first sends it to itself.
+    """
 
     update: int
     micro: int
@@ -196,12 +199,16 @@ def _forked_main(script: Path, words: Sequence[str], stop: Stop | None, places: 
         forward = brain.compute_forward
 
         def stopped(self: Any, batch: Any, stage: Any) -> Any:
-            if self.rng is not None and (self.update, self.rng.keys[-1]) == (stop.update, stop.micro):
+            is_there = self.rng is not None and (self.update, self.rng.keys[-1]) >= (stop.update, stop.micro)
+            if is_there and self.world.is_main:
                 os.kill(os.getpid(), stop.signal)
             return forward(self, batch, stage)
 
         brain.compute_forward = stopped
-    sys.exit(run_main(module.main, words))
+    code = run_main(module.main, words)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]  # none where it is not Linux
+    print(f"threads of the process group left: {sorted(name for name in names if 'gloo' in name)}", flush=True)
+    sys.exit(code)
 
 
 SCRIPT = "faults_script"
@@ -237,5 +244,6 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below a folder with its bytes, and every folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}

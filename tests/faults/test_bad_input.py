@@ -285,6 +285,11 @@ def test_unknown_keys_and_values_of_a_wrong_type(output, word):
     assert not (output / "save").exists() and not (output / "model").exists()
 
 
+def test_a_key_that_holds_nothing_gets_a_wrong_type(output):
+    refused(PRETRAINING, pretraining_words(output, max_duration="long"),
+            "max_duration is 'long', expected seconds, or null for no limit.")  # fmt: skip
+
+
 def test_several_mistakes_are_told_together(output):
     refused(TEMPLATE, [*digits_words(output), "--max_update=4", "--encoder_sizes.num_layer=4"],
             f"2 values cannot be set:\n  {WRONG_KEYS['max_update=4']}\n  {WRONG_KEYS['encoder_sizes.num_layer=4']}"

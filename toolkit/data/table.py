@@ -143,8 +143,11 @@ class Manifest:
 
         Raises
         ------
-        ManifestError if nothing is left.
+        ManifestError if nothing is left, or a limit is no number.
         """
+        for name, limit in (("min_duration", min_duration), ("max_duration", max_duration)):
+            if limit is not None and not isinstance(limit, (int, float)):
+                raise ManifestError(f"{name} is {limit!r}, expected seconds, or null for no limit.")
         short = self.durations < (0 if min_duration is None else min_duration)
         long = self.durations > (math.inf if max_duration is None else max_duration)
         kept = np.flatnonzero(~(short | long))

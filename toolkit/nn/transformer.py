@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import ModelError
 from toolkit.nn.fast.attention import attention, padded_attention
-from toolkit.nn.fast.batched_attention import SHORT_FRAMES, batched_attention, takes_batched_form
+from toolkit.nn.fast.batched_attention import SHORT_FRAMES, batched_attention
 from toolkit.nn.fast.bits import DropoutBits, dropout
 from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, unpack_rows
 from toolkit.nn.fast.linear import layer_norm, linear_gelu, linear_residual, linear_residual_norm
@@ -35,6 +35,20 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=INITIAL_STD)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the frames of a batch lie in rows.
+
+    lengths : rows of each utterance, padding included where the batch stayed padded.
+    padding : (batch, frames) bool, True in the padding, for a batch that stayed padded; None where there is none.
+    packed : only real frames, then perhaps a few rows that belong to no utterance (CPU).
+    """
+
+    lengths: list[int]
+    padding: Tensor | None
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -92,8 +106,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        lengths: list[int],
-        padding: Tensor | None = None,
+        layout: Layout,
         *,
         bits: DropoutBits | None = None,
         need_ffn: bool = False,
@@ -103,32 +116,16 @@ class TransformerLayer(nn.Module):
 
         Arguments
         ---------
-        x : (rows, dim), the frames of all utterances in turn, and perhaps more rows that belong to none.
-        lengths : rows of each utterance, padding included where the batch stayed padded.
-        padding : (batch, frames) bool for a batch that stayed padded, True in the padding; else None.
+        x : (rows, dim), the frames of all utterances in turn.
+        layout : whose the rows are.
         bits : dropout decisions; None means evaluation.
         need_ffn : also return the feed-forward output before dropout, residual and norm (data2vec's target).
-        wanted : give results for these rows only (of packed rows on a CPU); they still attend to all.
+        wanted : give results for these of the packed rows only; they still attend to all.
         """
         dtype = x.dtype
         h = self._normed(self.attention_norm, x) if self.pre_norm else x
-        weight, bias = self.qkv.weight.to(dtype), self.qkv.bias.to(dtype)
-        if wanted is None:
-            h = self._attention(F.linear(h, weight, bias), lengths, padding, bits)
-        else:
-            dim = x.shape[1]
-            queries = F.linear(h.index_select(0, wanted.rows), weight[:dim], bias[:dim])
-            h = attention(
-                F.linear(h, weight[dim:], bias[dim:]),
-                lengths,
-                self.num_heads,
-                p=self.attention_dropout,
-                bits=bits,
-                queries=queries,
-                query_lengths=wanted.counts,
-                fast=self.fast,
-            )
-            x = x.index_select(0, wanted.rows)
+        h = self._attention(h, layout, bits) if wanted is None else self._attention_of(wanted, h, layout, bits)
+        x = x if wanted is None else x.index_select(0, wanted.rows)
         x = self._add(x, h, self.out, self.attention_norm, bits)
         h = self._normed(self.final_norm, x) if self.pre_norm else x
         h = linear_gelu(
@@ -153,17 +150,34 @@ class TransformerLayer(nn.Module):
             x, h, weight, bias, norm.weight, norm.bias, p=self.dropout, bits=bits, eps=norm.eps, fast=self.fast
         )
 
-    def _attention(self, qkv: Tensor, lengths: list[int], padding: Tensor | None, bits: DropoutBits | None) -> Tensor:
-        p = self.attention_dropout
-        if qkv.device.type == "cpu":
-            if len(qkv) == sum(lengths) and takes_batched_form(lengths):
-                return batched_attention(qkv, padding, len(lengths), self.num_heads, p=p, bits=bits, fast=self.fast)
+    def _attention(self, h: Tensor, layout: Layout, bits: DropoutBits | None) -> Tensor:
+        """What each row gathers from its utterance, (rows, dim), before the output product."""
+        qkv = F.linear(h, self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype))
+        lengths, p = layout.lengths, self.attention_dropout
+        if layout.packed:
             return attention(qkv, lengths, self.num_heads, p=p, bits=bits, fast=self.fast)
-        batch, dim = len(lengths), qkv.shape[1] // 3
+        if qkv.device.type == "cpu":
+            return batched_attention(qkv, layout.padding, len(lengths), self.num_heads, p=p, bits=bits, fast=self.fast)
+        batch, dim = len(lengths), h.shape[1]
         # (rows, 3 * dim) -> three of (batch, heads, frames, channels of a head)
         q, k, v = qkv.view(batch, -1, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = padded_attention(q, k, v, padding, p if bits is not None else 0.0)
+        out = padded_attention(q, k, v, layout.padding, p if bits is not None else 0.0)
         return out.transpose(1, 2).reshape(-1, dim)
+
+    def _attention_of(self, wanted: WantedRows, h: Tensor, layout: Layout, bits: DropoutBits | None) -> Tensor:
+        """The same for some of the packed rows: queries for these, keys and values for all."""
+        dim = h.shape[1]
+        weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
+        return attention(
+            F.linear(h, weight[dim:], bias[dim:]),
+            layout.lengths,
+            self.num_heads,
+            p=self.attention_dropout,
+            bits=bits,
+            queries=F.linear(h.index_select(0, wanted.rows), weight[:dim], bias[:dim]),
+            query_lengths=wanted.counts,
+            fast=self.fast,
+        )
 
 
 class TransformerEncoder(nn.Module):
@@ -221,6 +235,7 @@ class TransformerEncoder(nn.Module):
                 raise ModelError(f"the transformer's {name} is {value}; expected a probability in [0, 1).")
         self.layerdrop, self.dropout, self.pre_norm = layerdrop, dropout, pre_norm
         self.gradient_checkpointing = gradient_checkpointing
+        self.short_frames = SHORT_FRAMES
         self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth)
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(
@@ -265,30 +280,33 @@ class TransformerEncoder(nn.Module):
         """
         x = x.to(dtype or x.dtype)
         batch, frames, _ = x.shape
-        packs = x.device.type == "cpu" and frames > SHORT_FRAMES
+        packed = x.device.type == "cpu" and frames > self.short_frames
         padding = None
-        if frame_lengths is not None and not packs:
-            padding = padding_mask(frame_lengths.to(x.device, non_blocking=True), frames)
+        if frame_lengths is not None and not packed:
+            # attention without any key would give no number: an utterance has one frame at least
+            padding = padding_mask(frame_lengths.to(x.device, non_blocking=True).clamp(min=1), frames)
             x = x.masked_fill(padding[..., None], 0)
-        lengths = full_lengths(frame_lengths if packs else None, batch, frames)
+        layout = Layout(full_lengths(frame_lengths if packed else None, batch, frames), padding, packed)
         x = x + self.positional(x, frame_lengths)
-        x = pack_rows(x, lengths, ROW_MULTIPLE if packs else 1)
-        wanted = WantedRows.of(positions, lengths, frames) if packs and positions is not None and not layers else None
+        x = pack_rows(x, layout.lengths, ROW_MULTIPLE if packed else 1)
         if not self.pre_norm:
             x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         x = dropout(x, self.dropout, None if rng is None else DropoutBits(rng.child("transformer input"), x.device))
-        outputs: list[tuple[Tensor, Tensor]] = []
+        wanted = None
+        if packed and positions is not None and not layers:
+            wanted = WantedRows.of(positions, layout.lengths, frames)
         chosen = self._layers_to_run(rng)
+        outputs: list[tuple[Tensor, Tensor]] = []
         for i in chosen:
             last = wanted if i == chosen[-1] else None
-            x, ffn = self._run_layer(i, x, lengths, padding, rng, layers, last)
+            x, ffn = self._run_layer(i, x, layout, rng, layers, last)
             if layers:
-                outputs.append(tuple(self._unpacked(rows, lengths, frames, padding) for rows in (x, ffn)))
+                outputs.append(tuple(self._unpacked(rows, layout, frames) for rows in (x, ffn)))
         if self.pre_norm:
             x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         if wanted is not None:
             return x if chosen else x.index_select(0, wanted.rows)
-        x = self._unpacked(x, lengths, frames, padding)
+        x = self._unpacked(x, layout, frames)
         if positions is not None:
             x = x.flatten(0, 1).index_select(0, positions)
         return (x, outputs) if layers else x
@@ -299,19 +317,12 @@ class TransformerEncoder(nn.Module):
         return [i for i, u in enumerate(rng.numpy("layerdrop").random(len(self.layers))) if u > self.layerdrop]
 
     def _run_layer(
-        self,
-        i: int,
-        x: Tensor,
-        lengths: list[int],
-        padding: Tensor | None,
-        rng: Randomness | None,
-        need_ffn: bool,
-        wanted: WantedRows | None,
+        self, i: int, x: Tensor, layout: Layout, rng: Randomness | None, need_ffn: bool, wanted: WantedRows | None
     ) -> tuple[Tensor, Tensor | None]:
         def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
             # a fresh stream for each call: a recomputed block draws the decisions it drew before
             bits = None if rng is None else DropoutBits(rng.child("layer", i), x.device)
-            return self.layers[i](x, lengths, padding, bits=bits, need_ffn=need_ffn, wanted=wanted)
+            return self.layers[i](x, layout, bits=bits, need_ffn=need_ffn, wanted=wanted)
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
             own_bits = rng is None or x.device.type == "cpu"
@@ -319,6 +330,6 @@ class TransformerEncoder(nn.Module):
         return run(x)
 
     @staticmethod
-    def _unpacked(rows: Tensor, lengths: list[int], frames: int, padding: Tensor | None) -> Tensor:
-        x = unpack_rows(rows, lengths, frames)
-        return x if padding is None else x.masked_fill(padding[..., None], 0)
+    def _unpacked(rows: Tensor, layout: Layout, frames: int) -> Tensor:
+        x = unpack_rows(rows, layout.lengths, frames)
+        return x if layout.padding is None else x.masked_fill(layout.padding[..., None], 0)

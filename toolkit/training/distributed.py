@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -199,6 +200,9 @@ def init_world(
     chosen = backend or device.backend
     if not dist.is_available():
         raise DeviceError("this build of torch has no torch.distributed; run one process, without torchrun.")
+    # Its functions take the group that stands when it is imported (by the first optimizer) as a default and would keep
+    # that alive: gloo's threads would then outlive `World.close` and now and then abort a process that is ending.
+    importlib.import_module("torch.distributed.nn")
     # Objects and host tensors travel by gloo, the device's tensors by its own library.
     config = chosen if device.type == "cpu" or ":" in chosen else f"cpu:gloo,{device.type}:{chosen}"
     bound = device.torch_device if chosen == "nccl" else None

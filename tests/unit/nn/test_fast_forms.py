@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from toolkit.nn import fast
+from toolkit.nn.fast.bits import LARGE_DRAW
 from toolkit.seeds import Randomness
 
 DOUBLE = torch.float64
@@ -45,6 +46,17 @@ def test_bits_repeat_for_the_same_place_and_differ_for_another():
     assert not torch.equal(one.keep(0.3, 50, 7), one.keep(0.3, 50, 7)), "the stream must go on"
 
 
+def test_large_draws_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    masks = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        masks.append(bits(3).keep(0.1, 2, LARGE_DRAW + 3))
+    torch.set_num_threads(before)
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0][0], masks[0][1]), "the two halves must differ"
+
+
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.5, 0.9, 0.999])
 def test_keep_rate(p):
     n = 400_000
@@ -82,6 +94,27 @@ def test_packing(lengths):
 def test_attention(lengths, p):
     form = fast.attention
     check(lambda qkv, fast: form(qkv, lengths, 2, p=p, bits=bits(), fast=fast), tensor(sum(lengths), 3 * 2 * 4))
+
+
+@pytest.mark.parametrize(("asking", "lengths"), [([3, 2], [6, 2]), ([0, 2, 1], [2, 3, 1]), ([1], [5])])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_of_some_queries(asking, lengths, p):
+    """More rows of keys, values and queries than the utterances have, too."""
+    form = fast.attention
+    options = {"queries": None, "query_lengths": asking, "p": p}
+    check(
+        lambda kv, q, fast: form(kv, lengths, 2, **options | {"queries": q, "bits": bits()}, fast=fast),
+        tensor(sum(lengths) + 2, 2 * 2 * 4),
+        tensor(sum(asking) + 1, 2 * 4, seed=1),
+    )
+
+
+def test_attention_leaves_its_input_alone():
+    """A single frame's rows are already laid out by head: working on them in place would change the input."""
+    qkv = tensor(1, 24)
+    before = qkv.detach().clone()
+    fast.attention(qkv, [1], 2).sum().backward()
+    assert torch.equal(qkv, before)
 
 
 def test_attention_is_that_of_torch():

@@ -131,25 +131,27 @@ def _attend(
     bits: DropoutBits | None,
     kept: list[Tensor] | None,
 ) -> Tensor:
-    """The forward pass; appends what backward needs of each utterance to ``kept``: queries (scaled), keys and values,
-    both by head, and the probabilities before and after dropout."""
+    """The forward pass; appends what backward needs to ``kept``: queries (scaled), keys and values by head, then the
+    probabilities before and after dropout of each utterance."""
     asking = qkv if queries is None else queries
     dim = qkv.shape[1] // 3 if queries is None else queries.shape[1]
     size = dim // num_heads
     out = qkv.new_empty(len(asking), dim)
     out[sum(query_lengths) :] = 0
+    q = _by_head(asking[:, :dim], 1, num_heads).mul_(size**-0.5)
+    kv = _by_head(qkv[:, -2 * dim :], 2, num_heads)
+    if kept is not None:
+        kept += [q, kv]
     for asked, rows in _utterances(query_lengths, lengths):
-        q = _by_head(asking[asked, :dim], 1, num_heads).mul_(size**-0.5)
-        kv = _by_head(qkv[rows, -2 * dim :], 2, num_heads)
-        probabilities = torch.softmax(torch.bmm(q[0], kv[0].transpose(1, 2)), -1)
+        probabilities = torch.softmax(torch.bmm(q[0, :, asked], kv[0, :, rows].transpose(1, 2)), -1)
         dropped = probabilities
         if p > 0:
             # without a backward pass the softmax may be overwritten: nobody needs it again
             mask = apply_mask_ if kept is None else apply_mask
             dropped = mask(probabilities, bits.keep(p, *probabilities.shape))
-        torch.bmm(dropped, kv[1], out=_head_view(out[asked], 0, num_heads, size))
+        torch.bmm(dropped, kv[1, :, rows], out=_head_view(out[asked], 0, num_heads, size))
         if kept is not None:
-            kept += [q, kv, probabilities, dropped]
+            kept += [probabilities, dropped]
     return out.mul_(1 / (1 - p)) if p > 0 else out
 
 
@@ -173,7 +175,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        out, *kept = ctx.saved_tensors
+        out, q, kv, *kept = ctx.saved_tensors
         lengths, query_lengths, num_heads, p, total, separate = ctx.settings
         dim = out.shape[1]
         size = dim // num_heads
@@ -182,18 +184,18 @@ class _Attention(torch.autograd.Function):
         first = 0 if separate else 1
         by_head = (len(out), num_heads, size)
         delta = torch.linalg.vecdot(grad.reshape(by_head), out.view(by_head))
-        places = _utterances(query_lengths, lengths)
-        for i, (asked, rows) in enumerate(places):
-            q, kv, probabilities, dropped = kept[4 * i : 4 * i + 4]
-            do = _by_head(grad[asked], 1, num_heads)[0]
-            if p > 0:
-                do.mul_(1 / (1 - p))
+        d_out = _by_head(grad, 1, num_heads)
+        if p > 0:
+            d_out.mul_(1 / (1 - p))
+        for i, (asked, rows) in enumerate(_utterances(query_lengths, lengths)):
+            probabilities, dropped = kept[2 * i : 2 * i + 2]
+            do = d_out[0, :, asked]
             dk, dv = (_head_view(d_qkv[rows], first + part, num_heads, size) for part in range(2))
             torch.bmm(dropped.transpose(1, 2), do, out=dv)
-            ds = torch.bmm(do, kv[1].transpose(1, 2)).mul_(dropped)
+            ds = torch.bmm(do, kv[1, :, rows].transpose(1, 2)).mul_(dropped)
             ds.addcmul_(probabilities, delta[asked].t()[:, :, None], value=-1)
-            torch.bmm(ds, kv[0], out=_head_view(d_queries[asked], 0, num_heads, size))
-            torch.bmm(ds.transpose(1, 2), q[0], out=dk)
+            torch.bmm(ds, kv[0, :, rows], out=_head_view(d_queries[asked], 0, num_heads, size))
+            torch.bmm(ds.transpose(1, 2), q[0, :, asked], out=dk)
         _zero_unasked(d_qkv, d_queries, lengths, query_lengths)
         d_queries[:, :dim].mul_(size**-0.5)
         return d_qkv, (d_queries if separate else None), None, None, None, None, None

@@ -13,11 +13,6 @@ SHORT_FRAMES = 192
 """Up to this many frames the matrices of a batch are small, and setting up products for each utterance costs more."""
 
 
-def takes_batched_form(lengths: list[int]) -> bool:
-    """Whether utterances of so many rows each are short, and laid out with equally many rows."""
-    return len(lengths) > 0 and max(lengths) <= SHORT_FRAMES and min(lengths) == max(lengths)
-
-
 def batched_attention(
     qkv: Tensor,
     padding: Tensor | None,
