@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,11 @@ class Variant:
             value = getattr(options, key)
             command += [f"--{key}", str(value)] if value is not None else []
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # What importing the toolkit sets before torch is loaded; a user's own process of the peer does without.
+        waiting = {} if name == "peer" else {"OMP_WAIT_POLICY": "passive"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **waiting}
+        )
         self.about = self._read()
         self.steps: list[dict[str, float]] = []
 

@@ -1,0 +1,44 @@
+"""The step benchmark runs and says what it promises; what it measures is not looked at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {"ours", "peer", "ratio", "tuned_peer", "tuned_ratio", "unit", "precision", "peak_memory_gb"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--size", "tiny", "--seconds", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+
+
+def test_last_line_is_the_result():
+    pytest.importorskip("transformers")
+    done = run("--peer", "transformers", "--rounds", "1", "--warmup", "1", "--precision", "bf16", "--threads", "1")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) >= KEYS | {"peer_peak_memory_gb"}
+    assert result["precision"] == "bf16"
+    for key in ("ours", "peer", "tuned_peer", "ratio", "tuned_ratio", "peak_memory_gb", "peer_peak_memory_gb"):
+        assert result[key] > 0
+    assert "transformers, as installed" in done.stdout
+
+
+def test_without_a_peer():
+    result = json.loads(run("--peer", "none", "--rounds", "1", "--warmup", "0").stdout.splitlines()[-1])
+    assert result["ours"] > 0 and result["peer"] is None and result["ratio"] is None
+
+
+def test_work_of_base():
+    """Counted by hand, without layerdrop: 14.7 GFLOP a second for the convolutions, 29.7 for the rest at 499 frames."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from step_variants import Size
+    finally:
+        sys.path.pop(0)
+    assert Size(layerdrop=0.0).gflop(1, 160000) / 10 == pytest.approx(44.4, rel=0.005)
