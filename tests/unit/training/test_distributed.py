@@ -105,6 +105,7 @@ same = all(torch.allclose(a, torch.zeros_like(p) if p.grad is None else p.grad, 
            for a, p in zip(ours, model.parameters()) if p.requires_grad)
 every = world.gather_objects([None if g is None else g.tolist() for g in ours])
 print("good", world.rank, same, every[0] == every[1], ours[6] is None, ours[7].abs().sum().item() == 0, flush=True)
+world.close()
 """,
     )
     assert "good 0 True True True True" in output and "good 1 True True True True" in output
@@ -131,6 +132,7 @@ def train(rank, size, reduce):
 both, alone = train(world.rank, 2, True), train(0, 1, False)
 every = world.gather_objects(both.tolist())
 print("same", world.rank, (both - alone).abs().max().item() < 1e-6, every[0] == every[1], flush=True)
+world.close()
 """,
     )
     assert "same 0 True True" in output and "same 1 True True" in output
