@@ -24,6 +24,7 @@ from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.seeds import Randomness
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
+from toolkit.training.health import pretraining_health
 
 
 class Pretraining(Brain):
@@ -55,6 +56,8 @@ def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | N
     if valid is None and len(train) < 2:
         raise ConfigError(f"{train.source} has one utterance, too few to hold some out; give --valid_manifest.")
     if valid is None:
+        if not 0 < hparams["valid_share"] < 1:
+            raise ConfigError(f"valid_share is {hparams['valid_share']}; expected a share above 0 and below 1.")
         order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
         held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
         valid, train = train.select(np.sort(order[:held])), train.select(np.sort(order[held:]))
@@ -80,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
             modules={"model": model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
+            health=pretraining_health(num_groups=model.quantizer.num_groups, num_candidates=1 + model.num_negatives),
             best_metric="loss",
         )
         brain.fit(

@@ -8,7 +8,6 @@ The same command again continues the run. See README.md.
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from a clone, installed or not
 
 from toolkit.data.batch import SpeechBatch
-from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
 from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
-from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.data.tokens import Tokenizer
 from toolkit.decoding.ctc import greedy_decode
 from toolkit.decoding.scoring import WordErrors
 from toolkit.errors import ConfigError, run_main
-from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
-from toolkit.models.folder import load_model, read_model_config, save_model_folder
-from toolkit.models.wav2vec2 import Wav2Vec2Encoder
+from toolkit.models.ctc import CTCOutput, ctc_loss
+from toolkit.recognition import make_recognizer
 from toolkit.seeds import Randomness
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
-from toolkit.training.hparams import construct
 
 
 class Recognizer(Brain):
@@ -72,6 +68,8 @@ def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | N
     if valid is None and len(train) < 2:
         raise ConfigError(f"{train.source} has one utterance, too few to hold some out; give --valid_manifest.")
     if valid is None:
+        if not 0 < hparams["valid_share"] < 1:
+            raise ConfigError(f"valid_share is {hparams['valid_share']}; expected a share above 0 and below 1.")
         order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
         held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
         valid, train = train.select(np.sort(order[:held])), train.select(np.sort(order[held:]))
@@ -80,52 +78,22 @@ def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | N
     return train, valid, test
 
 
-def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
-    """A fresh head on an encoder: a pretrained one of its folder's sizes, or a fresh one of the YAML's."""
-    hparams = experiment.hparams
-    training = hparams["encoder_training"]
-    if hparams["pretrained"] is None:
-        encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
-    else:
-        from_folder = partial(Wav2Vec2Encoder.from_folder, hparams["pretrained"])
-        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
-    return CTCModel(
-        encoder,
-        tokenizer.vocab_size,
-        final_dropout=hparams["final_dropout"],
-        freeze_updates=hparams["freeze_updates"],
-    )
-
-
 def main(argv: Sequence[str]) -> None:
     """Read, train, test, write model/, transcripts and summary.json."""
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
         train, valid, test = read_parts(experiment)
-        sample_rate, normalize = hparams["sample_rate"], hparams["normalize"]
-        config = None if hparams["pretrained"] is None else read_model_config(hparams["pretrained"])
-        if config is not None:
-            sample_rate, normalize = config.sample_rate, config.normalize
-        if config is not None and config.kind == "ctc" and experiment.options.test_only:
-            tokenizer, model = load_tokenizer(hparams["pretrained"]), load_model(hparams["pretrained"])
-        else:
-            tokenizer = hparams["tokenizer"](train.column("wrd"))
-            model = make_model(experiment, tokenizer)
-        experiment.say(f"{tokenizer.vocab_size} tokens")
-        items = [*speech_items(sample_rate, normalize), *text_items(tokenizer)]
-        train, valid, test = (
-            part and DynamicItemDataset(part, items, ["id", "waveform", "tokens", "text"])
-            for part in (train, valid, test)
-        )
+        recognizer = make_recognizer(experiment, train)
+        train, valid, test = (part and recognizer.dataset(part) for part in (train, valid, test))
         batch_seconds = hparams["batch_seconds"]
         brain = experiment.brain(
             Recognizer,
-            modules={"model": model},
+            modules={"model": recognizer.model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
             best_metric="wer",
         )
-        brain.tokenizer = tokenizer
+        brain.tokenizer = recognizer.tokenizer
         brain.fit(
             experiment.train_loader(
                 train,
@@ -133,16 +101,14 @@ def main(argv: Sequence[str]) -> None:
                 effective_batch=hparams["effective_batch"],
                 mode="pad",
                 num_buckets=hparams["num_buckets"],
-                sample_rate=sample_rate,
+                sample_rate=recognizer.sample_rate,
             ),
             experiment.eval_loader(valid, batch_seconds=batch_seconds),
         )
         experiment.finish(
             brain,
             tests={"test": experiment.eval_loader(test, batch_seconds=batch_seconds)} if test else {},
-            save_model=lambda folder: save_model_folder(
-                folder, model, kind="ctc", sample_rate=sample_rate, normalize=normalize, tokenizer=tokenizer
-            ),
+            save_model=recognizer.save,
             evaluate=hparams["evaluate"],
         )
 

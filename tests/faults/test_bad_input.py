@@ -641,6 +641,12 @@ def test_a_manifest_of_a_stranger_runs_nothing_and_shows_nothing(output, manifes
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("share", ["-1", "0", "1.0"])
+def test_a_share_for_validation_that_is_none(output, share):
+    words = digits_words(output, valid_manifest="null", valid_share=share)
+    refused(TEMPLATE, words, f"valid_share is {float(share)}; expected a share above 0 and below 1.")
+
+
 def test_one_recording_is_too_few_to_hold_some_out(output, tmp_path):
     path = write_rows(tmp_path / "one.csv", digits()[:1])
     refused(TEMPLATE, digits_words(output, train_manifest=path, valid_manifest="null"),

@@ -23,6 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "training": GROUND | {"data"},
     "models": GROUND | {"nn", "data.tokens"},
     "decoding": GROUND | {"data"},
+    "recognition": GROUND | {"data", "decoding", "models", "training"},
     "curves": GROUND,
     "__main__": {"*"},
 }

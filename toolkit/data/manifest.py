@@ -18,11 +18,11 @@ from toolkit.errors import ManifestError
 
 __all__ = [
     "FilterReport", "Manifest", "TextColumn",
-    "describe_empty_texts", "read_manifest", "read_manifests", "write_manifest",
+    "describe_empty_texts", "name_some", "read_manifest", "read_manifests", "write_manifest",
 ]  # fmt: skip
 
-EMPTY_NAMED = 5
-"""Utterances with an empty transcript that the sentence about them names."""
+NAMED = 5
+"""Utterances that a sentence about some names."""
 
 KINDS = (".csv", ".json", ".jsonl", ".tsv")
 
@@ -115,13 +115,17 @@ def describe_empty_texts(manifest: Manifest, column: str = "wrd") -> str | None:
     empty = [row for row, text in enumerate(texts) if not text.strip()]
     if not empty:
         return None
-    named = ", ".join(manifest.ids[row] for row in empty[:EMPTY_NAMED])
-    more = f" and {len(empty) - EMPTY_NAMED} more" if len(empty) > EMPTY_NAMED else ""
     has, counts, rows = ("has", "counts", "row") if len(empty) == 1 else ("have", "count", "rows")
     return (
-        f"{manifest.source}: {len(empty)} of {len(manifest)} utterances {has} an empty transcript ({named}{more}) and "
-        f"{counts} as silence; complete the {rows} if words are spoken."
+        f"{manifest.source}: {len(empty)} of {len(manifest)} utterances {has} an empty transcript "
+        f"({name_some(manifest, empty)}) and {counts} as silence; complete the {rows} if words are spoken."
     )
+
+
+def name_some(manifest: Manifest, rows: Sequence[int]) -> str:
+    """The first few utterances of ``rows`` by their IDs, for a message."""
+    named = ", ".join(manifest.ids[row] for row in rows[:NAMED])
+    return f"{named} and {len(rows) - NAMED} more" if len(rows) > NAMED else named
 
 
 def write_manifest(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ModelError
 from toolkit.models.encoder import Encoded, Wav2Vec2Encoder
-from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.precision import explicit_precision
 from toolkit.seeds import Randomness
 
@@ -58,6 +58,7 @@ class CTCModel(nn.Module):
                 f"vocab_size is {vocab_size} and freeze_updates {freeze_updates}; expected at least 2 tokens (one is "
                 "the blank) and 0 or more updates."
             )
+        check_drop_probabilities(final_dropout=final_dropout)
         self.config = {
             "encoder": encoder.config,
             "vocab_size": vocab_size,
@@ -104,8 +105,8 @@ def ctc_loss(
 ) -> tuple[Tensor, int]:
     """CTC loss summed over the batch, and the number of utterances to divide by.
 
-    An utterance that cannot be spelled in its frames costs nothing (and teaches nothing), see
-    :func:`count_impossible`.
+    An utterance that cannot be spelled in its frames costs nothing (and teaches nothing);
+    :func:`toolkit.decoding.ctc.describe_impossible` names such utterances.
 
     Arguments
     ---------
@@ -125,17 +126,3 @@ def ctc_loss(
         zero_infinity=True,
     )
     return loss, len(log_probs)
-
-
-def count_impossible(frame_lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> int:
-    """Utterances with more tokens than frames can spell; equal neighbors need a blank, and so a frame, between them.
-
-    Arguments
-    ---------
-    frame_lengths, token_lengths : (batch,) int64.
-    tokens : (batch, longest) int64. Tensors on a device are fetched, which waits for it.
-    """
-    frame_lengths, tokens, token_lengths = frame_lengths.cpu(), tokens.cpu(), token_lengths.cpu()
-    inside = torch.arange(1, tokens.shape[1])[None] < token_lengths[:, None]
-    repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside).sum(1)
-    return int((token_lengths + repeats > frame_lengths).sum())

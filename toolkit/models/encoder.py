@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import CheckpointError, ModelError, ToolkitError
 from toolkit.models.model_files import load_tensors, read_model_folder
-from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
 from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask
 from toolkit.nn.precision import compute_dtype, explicit_precision
@@ -145,6 +145,7 @@ class Wav2Vec2Encoder(nn.Module):
         super().__init__()
         check_mask_settings(mask_prob, mask_length, "mask")
         check_mask_settings(mask_channel_prob, mask_channel_length, "mask_channel")
+        check_drop_probabilities(dropout_input=dropout_input)
         if feature_grad_mult < 0:
             raise ModelError(f"feature_grad_mult is {feature_grad_mult}, expected 0 (frozen) or a positive factor.")
         conv_layers = tuple(tuple(int(n) for n in layer) for layer in conv_layers)

@@ -22,7 +22,7 @@ from toolkit.nn.contrastive import (
     count_correct,
     sample_negatives,
 )
-from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.precision import explicit_precision
 from toolkit.nn.quantizer import GumbelQuantizer
 from toolkit.nn.quantizer import gumbel_noise as draw_gumbel_noise
@@ -130,6 +130,7 @@ class Wav2Vec2Pretraining(nn.Module):
                 f"num_negatives is {num_negatives} and logit_temperature {logit_temperature}; the first must be at "
                 "least 1 and the second above 0, as 100 and 0.1."
             )
+        check_drop_probabilities(dropout_features=dropout_features)
         self.config = {
             "encoder": encoder.config,
             "final_dim": final_dim,

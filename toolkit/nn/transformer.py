@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from toolkit.errors import ModelError
 from toolkit.nn.fast.attention import attention, padded_attention
 from toolkit.nn.fast.batched_attention import SHORT_FRAMES, batched_attention
-from toolkit.nn.fast.bits import DropoutBits, dropout
+from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, unpack_rows
 from toolkit.nn.fast.linear import layer_norm, linear_gelu, linear_residual, linear_residual_norm
 from toolkit.nn.positional import PositionalConv
@@ -224,15 +224,16 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ModelError(f"the transformer's dim {dim} is no multiple of its num_heads {num_heads}.")
-        probabilities = {
-            "dropout": dropout,
-            "attention_dropout": attention_dropout,
-            "activation_dropout": activation_dropout,
-            "layerdrop": layerdrop,
-        }
-        for name, value in probabilities.items():
-            if not 0 <= value < 1:
-                raise ModelError(f"the transformer's {name} is {value}; expected a probability in [0, 1).")
+        if num_layers < 0 or ffn_dim < 1:
+            raise ModelError(
+                f"the transformer has {num_layers} layers of inner width {ffn_dim}; expected at least 0 and 1."
+            )
+        check_drop_probabilities(
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            layerdrop=layerdrop,
+        )
         self.layerdrop, self.dropout, self.pre_norm = layerdrop, dropout, pre_norm
         self.gradient_checkpointing = gradient_checkpointing
         self.short_frames = SHORT_FRAMES

@@ -14,6 +14,9 @@ from typing import Any, Protocol, TypeGuard
 
 from toolkit.errors import ConfigError
 
+EARLY_SHARE = 0.2
+"""Part of a short run after which its rules speak, however many updates they would wait in a long one."""
+
 
 class Rule(Protocol):
     """One thing that can go wrong."""
@@ -31,7 +34,7 @@ class LowPerplexity:
         also have each one alone, as ``<key>_group0`` and so on (1 at its lowest).
     num_groups : number of code books.
     margin : warn below ``num_groups * margin``, and below ``margin`` for one alone.
-    after_update : not before; a short dip early in the warm-up is usual.
+    after_update : not before, or in a short run not in its first fifth; a short dip early in the warm-up is usual.
 
     Example
     -------
@@ -46,7 +49,7 @@ class LowPerplexity:
 
     def look(self, row: Mapping[str, Any]) -> str | None:
         """See `Rule`."""
-        if row["update"] < self.after_update:
+        if _is_early(row, self.after_update):
             return None
         lowest = {self.key: self.num_groups} | {f"{self.key}_group{group}": 1 for group in range(self.num_groups)}
         low = [name for name, floor in lowest.items() if _is_number(row.get(name)) and row[name] <= floor * self.margin]
@@ -94,7 +97,7 @@ class StuckAtChance:
     def look(self, row: Mapping[str, Any]) -> str | None:
         """See `Rule`."""
         value = row.get(self.key)
-        if not _is_number(value) or row["update"] < self.after_update:
+        if not _is_number(value) or _is_early(row, self.after_update):
             return None
         self._rows = self._rows + 1 if abs(value - self.chance) <= self.tolerance else 0
         if self._rows < self.patience:
@@ -166,7 +169,7 @@ class GradNormRange:
     def look(self, row: Mapping[str, Any]) -> str | None:
         """See `Rule`."""
         value = row.get("grad_norm")
-        if not _is_number(value) or row["update"] < self.after_update:
+        if not _is_number(value) or _is_early(row, self.after_update):
             return None
         self._rows = 0 if self.low <= value <= self.high else self._rows + 1
         if self._rows < self.patience:
@@ -233,6 +236,11 @@ def pretraining_health(*, num_groups: int = 2, num_candidates: int = 101, after_
     ]
     stuck = StuckAtChance(num_candidates=num_candidates, after_update=after_update)
     return HealthMonitor([*perplexities, stuck, RepeatedValue(), GradNormRange(after_update=after_update)])
+
+
+def _is_early(row: Mapping[str, Any], after_update: int) -> bool:
+    """Whether a row is of the first ``after_update`` updates; in a short run, of its first fifth."""
+    return row["update"] < min(after_update, EARLY_SHARE * row.get("total_updates", math.inf))
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -10,25 +10,21 @@ gives the WER of the output folder's best checkpoint, or of the ``model/`` folde
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the script runs from a clone, installed or not
 
 from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
-from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
 from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
-from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.data.tokens import Tokenizer
 from toolkit.decoding.ctc import greedy_decode
 from toolkit.decoding.scoring import WordErrors
 from toolkit.errors import ConfigError, run_main
-from toolkit.models.ctc import CTCModel, CTCOutput, ctc_loss
-from toolkit.models.folder import load_model, read_model_config, save_model_folder
-from toolkit.models.wav2vec2 import Wav2Vec2Encoder
+from toolkit.models.ctc import CTCOutput, ctc_loss
+from toolkit.recognition import make_recognizer
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
-from toolkit.training.hparams import construct
 
 
 class ASR(Brain):
@@ -65,24 +61,6 @@ def read_splits(experiment: Experiment, splits: Sequence[str], manifests: Mappin
     return manifest
 
 
-def make_model(experiment: Experiment, tokenizer: Tokenizer) -> CTCModel:
-    """A fresh head on an encoder: a pretrained one of its folder's sizes, or a fresh one of the YAML's."""
-    hparams = experiment.hparams
-    training = hparams["encoder_training"]
-    if hparams["pretrained"] is None:
-        encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
-    else:
-        from_folder = partial(Wav2Vec2Encoder.from_folder, hparams["pretrained"])
-        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
-        experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {hparams['pretrained']}")
-    return CTCModel(
-        encoder,
-        tokenizer.vocab_size,
-        final_dropout=hparams["final_dropout"],
-        freeze_updates=hparams["freeze_updates"],
-    )
-
-
 def main(argv: Sequence[str]) -> None:
     """Prepare, train, test, write model/, transcripts and summary.json."""
     with start(argv, script=__file__) as experiment:
@@ -102,50 +80,35 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
         train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
         experiment.say(f"training: {report}")
-        sample_rate, normalize = hparams["sample_rate"], hparams["normalize"]
-        config = None if hparams["pretrained"] is None else read_model_config(hparams["pretrained"])
-        if config is not None:
-            sample_rate, normalize = config.sample_rate, config.normalize
-        if config is not None and config.kind == "ctc" and experiment.options.test_only:
-            tokenizer, model = load_tokenizer(hparams["pretrained"]), load_model(hparams["pretrained"])
-        else:
-            tokenizer = hparams["tokenizer"](train.column("wrd"))
-            model = make_model(experiment, tokenizer)
-        experiment.say(f"{tokenizer.vocab_size} tokens")
-
-        def dataset(manifest: Manifest) -> DynamicItemDataset:
-            items = [*speech_items(sample_rate, normalize), *text_items(tokenizer)]
-            return DynamicItemDataset(manifest, items, ["id", "waveform", "tokens", "text"])
+        recognizer = make_recognizer(experiment, train)
 
         def eval_loader(splits: Sequence[str]):
-            manifest = read_splits(experiment, splits, manifests)
-            return manifest and experiment.eval_loader(dataset(manifest), batch_seconds=hparams["batch_seconds"])
+            part = read_splits(experiment, splits, manifests)
+            return part and experiment.eval_loader(recognizer.dataset(part), batch_seconds=hparams["batch_seconds"])
 
         brain = experiment.brain(
             ASR,
-            modules={"model": model},
+            modules={"model": recognizer.model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
             best_metric="wer",
         )
-        brain.tokenizer = tokenizer
+        brain.tokenizer = recognizer.tokenizer
         brain.fit(
             experiment.train_loader(
-                dataset(train),
+                recognizer.dataset(train),
                 batch_seconds=hparams["batch_seconds"],
                 effective_batch=hparams["effective_batch"],
                 mode="pad",
                 num_buckets=hparams["num_buckets"],
-                sample_rate=sample_rate,
+                sample_rate=recognizer.sample_rate,
             ),
             eval_loader(valid_splits),
         )
         experiment.finish(
             brain,
             tests={split: eval_loader([split]) for split in test_splits},
-            save_model=lambda folder: save_model_folder(
-                folder, model, kind="ctc", sample_rate=sample_rate, normalize=normalize, tokenizer=tokenizer
-            ),
+            save_model=recognizer.save,
             evaluate=hparams["evaluate"],
         )
 

@@ -24,6 +24,7 @@ from toolkit.models.pretrainer import Pretrainer
 from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
+from toolkit.training.health import pretraining_health
 
 
 class Pretraining(Brain):
@@ -83,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
             modules={"model": model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
+            health=pretraining_health(num_groups=model.quantizer.num_groups, num_candidates=1 + model.num_negatives),
             best_metric="loss",
         )
         batch_seconds = hparams["batch_seconds"]

@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from toolkit.decoding.ctc import greedy_decode
+from toolkit.data.manifest import Manifest
+from toolkit.data.tokens import LetterTokenizer
+from toolkit.decoding.ctc import describe_impossible, greedy_decode
 
 
 def scores(frames, vocabulary=6):
@@ -32,3 +34,15 @@ def test_against_the_definition():
     for row, decoded in zip(best.tolist(), greedy_decode(scores(best.tolist()), None), strict=True):
         merged = [token for place, token in enumerate(row) if place == 0 or token != row[place - 1]]
         assert decoded == [token for token in merged if token != 0]
+
+
+def test_transcripts_too_long_for_their_frames_are_named():
+    # 4 frames each, and a word ends with a token of its own: five tokens; three equal letters, which need two blanks
+    # between; two that just fit
+    texts = {"long": "ABAB", "repeats": "AAA", "fits": "AA", "empty": "", "unknown": "\u00c4AAAAAAA"}
+    rows = [{"ID": name, "duration": 4.0, "wav": "/a.wav", "wrd": text} for name, text in texts.items()]
+    manifest = Manifest.from_rows(rows)
+    tokenizer = LetterTokenizer.from_texts(["AB"])
+    sentence = describe_impossible(manifest, tokenizer, lambda samples: samples // 10, sample_rate=10)
+    assert "2 of 5 utterances have more tokens than the model has frames for (long, repeats)" in sentence
+    assert describe_impossible(manifest.select([2, 3]), tokenizer, lambda samples: samples // 10, 10) is None

@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.models.tiny import batch, encoder
 from toolkit.errors import ModelError
-from toolkit.models.ctc import CTCModel, count_impossible, ctc_loss
+from toolkit.models.ctc import CTCModel, ctc_loss
 from toolkit.seeds import Randomness
 
 RNG = Randomness(1).child("update", 4, 0)
@@ -45,16 +45,13 @@ def test_frames_of_padding_do_not_count():
     assert torch.isclose(ctc_loss(log_probs, torch.tensor([4]), tokens, token_lengths)[0], short)
 
 
-def test_impossible_utterances_cost_nothing_and_are_counted():
+def test_impossible_utterances_cost_nothing():
     log_probs = torch.randn(3, 4, 3).log_softmax(-1).requires_grad_()
     tokens = torch.tensor([[1, 2, 1, 2, 1], [1, 1, 1, 0, 0], [1, 1, 2, 0, 0]])
     token_lengths, lengths = torch.tensor([5, 3, 3]), torch.tensor([4, 4, 4])
     loss, count = ctc_loss(log_probs, lengths, tokens, token_lengths)
     (grad,) = torch.autograd.grad(loss, log_probs)
     assert count == 3 and loss.isfinite() and not grad[:2].any() and grad[2].any()
-    # five tokens in four frames; three equal ones, which need two blanks between; and one that fits exactly
-    assert count_impossible(lengths, tokens, token_lengths) == 2
-    assert count_impossible(lengths, tokens, torch.tensor([4, 2, 3])) == 0
 
 
 def test_masks_and_dropout_in_training_only():
@@ -99,6 +96,8 @@ def test_bfloat16_gives_float32_log_probs():
 
 
 def test_refusals():
+    with pytest.raises(ModelError, match="final_dropout is -1; expected a drop probability from 0 to below 1"):
+        CTCModel(encoder(), 5, final_dropout=-1)
     with pytest.raises(ModelError) as error:
         CTCModel(encoder(), 1)
     assert str(error.value) == (

@@ -182,7 +182,9 @@ def test_wrong_lengths_are_refused(lengths):
     )
 
 
-def test_negative_feature_grad_mult_is_refused():
+def test_negative_values_are_refused():
+    with pytest.raises(ModelError, match="dropout_input is -1; expected a drop probability from 0 to below 1"):
+        encoder(dropout_input=-1)
     with pytest.raises(ModelError) as error:
         encoder(feature_grad_mult=-1)
     assert str(error.value) == "feature_grad_mult is -1, expected 0 (frozen) or a positive factor."

@@ -155,6 +155,8 @@ def test_bfloat16_keeps_the_objective_in_float32():
 
 
 def test_refusals():
+    with pytest.raises(ModelError, match="dropout_features is 1; expected a drop probability from 0 to below 1"):
+        pretraining(dropout_features=1)
     with pytest.raises(ModelError) as error:
         pretraining()(*batch(900))
     assert str(error.value) == (

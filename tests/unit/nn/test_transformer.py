@@ -258,5 +258,7 @@ def test_settings_are_checked():
         build(num_heads=3)
     with pytest.raises(ModelError, match=r"layerdrop is 1\.0"):
         build(layerdrop=1.0)
+    with pytest.raises(ModelError, match="has -1 layers of inner width"):
+        build(num_layers=-1)
     with pytest.raises(ModelError, match="5 groups"):
         PositionalConv(16, groups=5)

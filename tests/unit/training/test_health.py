@@ -71,6 +71,13 @@ def test_a_healthy_pretraining_hears_nothing_and_a_collapsed_one_everything():
     assert {word.split()[0] for word in words} == {"code_perplexity", "prob_perplexity", "loss", "grad_norm"}
 
 
+def test_a_short_run_is_warned_after_its_first_fifth():
+    collapsed = {"code_perplexity": 2.0, "prob_perplexity": 2.0, "total_updates": 500}
+    monitor = pretraining_health()
+    assert monitor.check({"update": 99, **collapsed}) == []
+    assert len(monitor.check({"update": 100, **collapsed})) == 2
+
+
 def test_a_warning_comes_again_after_a_while_only():
     monitor = HealthMonitor([RepeatedValue(patience=2)], repeat_rows=10)
     counts = [len(monitor.check(row)) for row in rows(25, loss=1.0)]

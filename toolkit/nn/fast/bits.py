@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.errors import ModelError
 from toolkit.seeds import Randomness
 
 BIT_PATTERN = {
@@ -31,6 +32,22 @@ RESOLUTION = 1 << 16
 
 LARGE_DRAW = 1 << 18
 """Draws of at least so many decisions are made in two halves, by two threads where torch has two."""
+
+
+def check_drop_probabilities(**values: float) -> None:
+    """Refuse a drop probability outside [0, 1).
+
+    Arguments
+    ---------
+    values : by the names that the message uses.
+
+    Raises
+    ------
+    ModelError : one is outside.
+    """
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ModelError(f"{name} is {value}; expected a drop probability from 0 to below 1.")
 
 
 class DropoutBits:

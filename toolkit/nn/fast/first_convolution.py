@@ -120,16 +120,22 @@ def _fold_norm(
     Mean and variance over time of windows @ taps are mean @ taps and taps' covariance taps, exactly, with a
     kernel x kernel covariance of the windows; so autograd runs on small matrices, in float64, and not on activations.
     """
+    with torch.no_grad():  # nothing comes back to the waveform
+        moments = [_moments(x[: max(n, 1), :-1].double()) for x, n in zip(windows, frames, strict=True)]
+        means, covariances = (torch.stack(part) for part in zip(*moments, strict=True))
     wide = taps.double()
-    folded = []
-    for x, n in zip(windows, frames, strict=True):
-        x = x[: max(n, 1), :-1].double()
-        mean = x.mean(0)
-        x = x - mean
-        variance = ((x.t() @ x / len(x)) @ wide).mul(wide).sum(0)
-        scaled = wide * (norm_weight.double() * torch.rsqrt(variance + eps))
-        folded.append(torch.cat([scaled, (norm_bias.double() - mean @ scaled)[None]]))
-    return torch.stack(folded).to(taps.dtype)
+    # (batch, kernel, kernel) @ (kernel, channels) -> (batch, kernel, channels); its diagonal form over the kernel
+    variance = (covariances @ wide).mul(wide).sum(1)
+    scaled = wide * (norm_weight.double() * torch.rsqrt(variance + eps))[:, None]
+    shift = norm_bias.double() - (means[:, None] @ scaled)[:, 0]
+    return torch.cat([scaled, shift[:, None]], 1).to(taps.dtype)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (kernel,) and covariance (kernel, kernel) over the rows of (frames, kernel)."""
+    mean = x.mean(0)
+    x = x - mean
+    return mean, x.t() @ x / len(x)
 
 
 def _blocks(frames: list[int], longest: int, channels: int) -> Iterator[tuple[slice, slice]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.nn.fast.common import takes_fast_form, wants_gradient
+from toolkit.nn.fast.common import takes_fast_form, wants_gradient, zero_behind
 from toolkit.nn.fast.first_convolution import zero_padding
 
 PIECE_BYTES = 25 << 19
@@ -59,73 +59,56 @@ def _grouped(x: Tensor, lengths: list[int], groups: int, kernel: int, before: in
     batch, frames, dim = x.shape
     out = x.new_empty(groups, batch, frames + kernel, dim // groups)
     out[:, :, :before] = 0
+    # (batch, frames, groups, channels) -> (groups, batch, frames, channels)
+    out[:, :, before : before + frames] = x.view(batch, frames, groups, -1).permute(2, 0, 1, 3)
     for b, n in enumerate(lengths):
-        # (n, groups, channels) -> (groups, n, channels)
-        out[:, b, before : before + n] = x[b, :n].view(n, groups, dim // groups).transpose(0, 1)
         out[:, b, before + n :] = 0
     return out
 
 
-def _pieces(lengths: list[int], row_bytes: int) -> list[slice]:
+def _pieces(batch: int, utterance_bytes: int) -> list[slice]:
     """Neighboring utterances whose windows fit into PIECE_BYTES together, one utterance at least."""
-    pieces: list[slice] = []
-    rows = 0
-    for b, n in enumerate(lengths):
-        if pieces and (rows + n) * row_bytes <= PIECE_BYTES:
-            pieces[-1] = slice(pieces[-1].start, b + 1)
-            rows += n
-        else:
-            pieces.append(slice(b, b + 1))
-            rows = n
-    return pieces
+    size = max(1, PIECE_BYTES // max(utterance_bytes, 1))
+    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
 
 
-def _copy_windows(grouped: Tensor, lengths: list[int], kernel: int, buffer: Tensor) -> Tensor:
-    """One group's windows of a piece's utterances, (sum of lengths, kernel * channels), written to ``buffer``.
+def _copy_windows(grouped: Tensor, frames: int, kernel: int, buffer: Tensor) -> Tensor:
+    """One group's windows of a piece's utterances, (utterances * frames, kernel * channels), written to ``buffer``.
 
-    The views overlap, and products do not take such: they would copy as well, each time to fresh memory.
+    The view overlaps itself, and products do not take such: they would copy as well, each time to fresh memory.
+    Padding takes part: with the sampler's buckets there is little, and one copy of a whole piece is several times
+    faster than one for each short utterance.
     """
-    channels = grouped.shape[2]
-    views = [
-        x.as_strided((n, kernel * channels), (channels, 1), x.storage_offset())
-        for x, n in zip(grouped, lengths, strict=True)
-    ]
-    return torch.cat(views, out=buffer[: sum(lengths)])
-
-
-def _scatter_rows(rows: Tensor, out: Tensor, lengths: list[int]) -> None:
-    """Write rows (sum of lengths, channels) to their utterances in ``out`` (batch, frames, channels)."""
-    for target, part in zip(out, rows.split(lengths), strict=True):
-        target[: len(part)] = part
-
-
-def _empty_output(like: Tensor, lengths: list[int]) -> Tensor:
-    """A result (batch, frames, dim) to be written, already zero in the padding."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    for b, n in enumerate(lengths):
-        out[b, n:] = 0
-    return out
+    utterances, rows, channels = grouped.shape
+    width = kernel * channels
+    view = grouped.as_strided((utterances, frames, width), (rows * channels, channels, 1), grouped.storage_offset())
+    windows = buffer[: utterances * frames]
+    windows.view(view.shape).copy_(view)
+    return windows
 
 
 def _forward(x: Tensor, taps: Tensor, bias: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """The result, and the input in the grouped layout."""
     groups, channels, kernel, _ = taps.shape
+    frames = x.shape[1]
     grouped = _grouped(x, lengths, groups, kernel, kernel // 2)
-    out = _empty_output(x, lengths)
-    pieces = _pieces(lengths, kernel * channels * x.element_size())
-    buffer = _buffer(x, lengths, pieces, kernel * channels)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pieces, buffer = _pieces_and_buffer(x, kernel * channels)
     for g in range(groups):
         columns = slice(g * channels, (g + 1) * channels)
         for piece in pieces:
-            windows = _copy_windows(grouped[g, piece], lengths[piece], kernel, buffer)
+            windows = _copy_windows(grouped[g, piece], frames, kernel, buffer)
             y = F.linear(windows, taps[g].view(channels, -1), bias[columns])
-            _scatter_rows(y, out[piece, :, columns], lengths[piece])
+            out[piece, :, columns] = y.view(-1, frames, channels)
+    zero_behind(out, lengths, range(len(out)))
     return out, grouped
 
 
-def _buffer(like: Tensor, lengths: list[int], pieces: list[slice], width: int) -> Tensor:
-    """Room for the windows of the largest piece."""
-    return like.new_empty(max((sum(lengths[piece]) for piece in pieces), default=0), width)
+def _pieces_and_buffer(x: Tensor, width: int) -> tuple[list[slice], Tensor]:
+    """How the utterances of (batch, frames, dim) are taken, and room for the windows of one piece."""
+    batch, frames, _ = x.shape
+    pieces = _pieces(batch, frames * width * x.element_size())
+    return pieces, x.new_empty((pieces[0].stop if pieces else 0) * frames, width)
 
 
 class _WindowConvolution(torch.autograd.Function):
@@ -144,23 +127,26 @@ class _WindowConvolution(torch.autograd.Function):
         grouped, taps = ctx.saved_tensors
         lengths = ctx.lengths
         groups, channels, kernel, _ = taps.shape
+        frames = grad.shape[1]
         # input frame s feeds output t through tap s - t + kernel // 2
         before = kernel - 1 - kernel // 2
         grad_grouped = _grouped(grad, lengths, groups, kernel, before)
         # (groups, outputs, kernel, inputs) -> (groups, kernel, outputs, inputs)
         reversed_taps = taps.transpose(1, 2).contiguous().flip(1)
-        dx, d_taps = _empty_output(grad, lengths), torch.zeros_like(taps)
-        pieces = _pieces(lengths, kernel * channels * grad.element_size())
-        buffer = _buffer(grad, lengths, pieces, kernel * channels)
+        dx = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        d_taps = torch.zeros_like(taps)
+        pieces, buffer = _pieces_and_buffer(grad, kernel * channels)
         for g in range(groups):
             columns = slice(g * channels, (g + 1) * channels)
             for piece in pieces:
-                sizes = lengths[piece]
-                windows = _copy_windows(grad_grouped[g, piece], sizes, kernel, buffer)
-                _scatter_rows(windows @ reversed_taps[g].view(-1, channels), dx[piece, :, columns], sizes)
-                ends = [before + n for n in sizes]
-                rows = torch.cat([x[before:end] for x, end in zip(grad_grouped[g, piece], ends, strict=True)])
-                windows = _copy_windows(grouped[g, piece], sizes, kernel, buffer)
+                windows = _copy_windows(grad_grouped[g, piece], frames, kernel, buffer)
+                products = windows @ reversed_taps[g].view(-1, channels)
+                dx[piece, :, columns] = products.view(-1, frames, channels)
+                # zero where there is padding, so that the windows there add nothing
+                rows = grad_grouped[g, piece, before : before + frames].flatten(0, 1)
+                windows = _copy_windows(grouped[g, piece], frames, kernel, buffer)
                 d_taps[g].view(channels, -1).addmm_(rows.t(), windows)
-        d_bias = sum(grad[b, :n].sum(0) for b, n in enumerate(lengths))
+        zero_behind(dx, lengths, range(len(dx)))
+        # the real rows, of all groups: (groups, batch, frames, channels) -> (dim,)
+        d_bias = grad_grouped[:, :, before : before + frames].sum((1, 2)).flatten()
         return dx, d_taps, d_bias, None

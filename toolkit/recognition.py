@@ -1,0 +1,95 @@
+"""What every speech recognition recipe starts from: tokens, and a model from scratch or on a pretrained encoder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+
+from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
+from toolkit.data.manifest import Manifest
+from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.decoding.ctc import describe_impossible
+from toolkit.models.ctc import CTCModel
+from toolkit.models.folder import load_model, read_model_config, save_model_folder
+from toolkit.models.wav2vec2 import Wav2Vec2Encoder
+from toolkit.training.experiment import Experiment
+from toolkit.training.hparams import construct
+
+
+@dataclass(frozen=True)
+class SpeechRecognizer:
+    """A CTC model and what belongs to it.
+
+    Arguments
+    ---------
+    model : scores tokens.
+    tokenizer : between transcripts and tokens.
+    sample_rate : Hz that the model hears.
+    normalize : whether it hears waveforms of zero mean and unit variance.
+    """
+
+    model: CTCModel
+    tokenizer: Tokenizer
+    sample_rate: int
+    normalize: bool
+
+    def dataset(self, manifest: Manifest) -> DynamicItemDataset:
+        """The utterances of ``manifest`` as the model wants them: id, waveform, tokens, text."""
+        items = [*speech_items(self.sample_rate, self.normalize), *text_items(self.tokenizer)]
+        return DynamicItemDataset(manifest, items, ["id", "waveform", "tokens", "text"])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a ``model/`` folder."""
+        save_model_folder(
+            folder,
+            self.model,
+            kind="ctc",
+            sample_rate=self.sample_rate,
+            normalize=self.normalize,
+            tokenizer=self.tokenizer,
+        )
+
+
+def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer:
+    """The recognizer that a run's settings ask for, and a word in its log where transcripts do not fit their audio.
+
+    From scratch, ``encoder_sizes`` gives the encoder; with ``pretrained`` (a ``model/`` folder of any kind) the
+    folder gives sizes, weights, sample rate and normalization, and only the head is fresh. ``encoder_training``
+    (dropouts, masks, ...) counts either way. With ``test_only`` a pretrained CTC model is taken whole.
+
+    Arguments
+    ---------
+    experiment : its hparams hold pretrained, tokenizer (transcripts -> Tokenizer), encoder_sizes, encoder_training,
+        final_dropout, freeze_updates, sample_rate, normalize.
+    train : training utterances, from whose transcripts (column wrd) the tokens are made.
+
+    Raises
+    ------
+    CheckpointError, ModelError, TokenError : what is wrong with the folder, the sizes, the transcripts.
+    """
+    hparams = experiment.hparams
+    folder, sample_rate, normalize = hparams["pretrained"], hparams["sample_rate"], hparams["normalize"]
+    config = None if folder is None else read_model_config(folder)
+    if config is not None:
+        sample_rate, normalize = config.sample_rate, config.normalize
+    if config is not None and config.kind == "ctc" and experiment.options.test_only:
+        return SpeechRecognizer(load_model(folder), load_tokenizer(folder), sample_rate, normalize)
+    tokenizer = hparams["tokenizer"](train.column("wrd"))
+    training = hparams["encoder_training"]
+    if config is None:
+        encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
+    else:
+        from_folder = partial(Wav2Vec2Encoder.from_folder, folder)
+        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
+        experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {folder}")
+    model = CTCModel(
+        encoder,
+        tokenizer.vocab_size,
+        final_dropout=hparams["final_dropout"],
+        freeze_updates=hparams["freeze_updates"],
+    )
+    experiment.say(f"{tokenizer.vocab_size} tokens")
+    if sentence := describe_impossible(train, tokenizer, encoder.frame_lengths, sample_rate):
+        experiment.say(f"warning: {sentence}")
+    return SpeechRecognizer(model, tokenizer, sample_rate, normalize)
