@@ -42,7 +42,7 @@ class Variant:
             command += [f"--{key}", str(value)] if value is not None else []
         self.name = name
         # What importing the toolkit sets before torch is loaded; a user's own process of the peer does without.
-        waiting = {} if name == "peer" else {"OMP_WAIT_POLICY": "passive"}
+        waiting = {} if name == "peer" else {"GOMP_SPINCOUNT": "3000"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **waiting}
         )

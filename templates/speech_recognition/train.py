@@ -10,21 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from a clone, installed or not
 
 from toolkit.data.batch import SpeechBatch
-from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
+from toolkit.data.parts import read_parts
 from toolkit.data.tokens import Tokenizer
 from toolkit.decoding.ctc import greedy_decode
 from toolkit.decoding.scoring import WordErrors
-from toolkit.errors import ConfigError, run_main
+from toolkit.errors import run_main
 from toolkit.models.ctc import CTCOutput, ctc_loss
 from toolkit.recognition import make_recognizer
-from toolkit.seeds import Randomness
 from toolkit.training.brain import Brain, Objective, Stage
-from toolkit.training.experiment import Experiment, start
+from toolkit.training.experiment import start
 
 
 class Recognizer(Brain):
@@ -50,39 +47,11 @@ class Recognizer(Brain):
         return Objective(loss, count, errors.metrics())
 
 
-def read_parts(experiment: Experiment) -> tuple[Manifest, Manifest, Manifest | None]:
-    """The manifests for training, validation and test; validation is held out of training where there is none."""
-    hparams = experiment.hparams
-    replacements = {"data_root": hparams["data_folder"]} if hparams["data_folder"] else None
-
-    def read(part: str) -> Manifest | None:
-        paths = [path for path in hparams[f"{part}_splits"] if path is not None]
-        return read_manifests(paths, replacements=replacements) if paths else None
-
-    train, valid, test = (read(part) for part in ("train", "valid", "test"))
-    if train is None:
-        raise ConfigError("train_splits is empty; name at least one manifest to train on.")
-    for part in (train, valid, test):
-        if part is not None and (sentence := describe_empty_texts(part)):
-            experiment.say(f"warning: {sentence}")
-    if valid is None and len(train) < 2:
-        raise ConfigError(f"{train.source} has one utterance, too few to hold some out; give --valid_manifest.")
-    if valid is None:
-        if not 0 < hparams["valid_share"] < 1:
-            raise ConfigError(f"valid_share is {hparams['valid_share']}; expected a share above 0 and below 1.")
-        order = Randomness(hparams["seed"]).numpy("valid share").permutation(len(train))
-        held = min(max(1, round(hparams["valid_share"] * len(train))), len(train) - 1)
-        valid, train = train.select(np.sort(order[:held])), train.select(np.sort(order[held:]))
-    train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
-    experiment.say(f"training: {report}; validation: {len(valid):,} utterances")
-    return train, valid, test
-
-
 def main(argv: Sequence[str]) -> None:
     """Read, train, test, write model/, transcripts and summary.json."""
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
-        train, valid, test = read_parts(experiment)
+        train, valid, test = read_parts(hparams, say=experiment.say, texts=True)
         recognizer = make_recognizer(experiment, train)
         train, valid, test = (part and recognizer.dataset(part) for part in (train, valid, test))
         batch_seconds = hparams["batch_seconds"]

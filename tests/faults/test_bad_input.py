@@ -211,6 +211,17 @@ def test_a_bad_file_in_the_validation_costs_nothing_of_the_training(output, mani
     assert mended.code == 0 and "valid at update 3" in mended.stderr
 
 
+def test_of_two_processes_one_alone_meets_the_bad_file(output, manifest, tmp_path):
+    rows = sorted(digits()[:12], key=lambda row: float(row["duration"]))
+    rows[0]["wav"] = "/nowhere/last.flac"
+    path = write_rows(tmp_path / "valid.csv", rows)
+    words = digits_words(output, valid_manifest=path, batch_seconds=3, effective_batch=6, max_updates=3,
+                         valid_interval_updates=50)  # fmt: skip
+    ended = run_script(TEMPLATE, words, processes=2)
+    assert ended.code != 0 and f"utterance {rows[0]['ID']}: /nowhere/last.flac does not exist" in ended.stderr
+    assert [path.name for path in (output / "save").iterdir()] == ["step_00000003"]
+
+
 # ---- transcripts -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError, ModelError, ToolkitError
+from toolkit.errors import ConfigError, ModelError, ToolkitError, TrainingError
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.context import MicroBatches, RunContext
@@ -305,10 +305,8 @@ class Brain:
             try:
                 metrics = self._validate(valid_loader, epoch)
             except ToolkitError:
-                # A bad file among the validation's must not cost what was trained before it; of several ranks one
-                # alone may have met it, and saving takes all.
-                if self.world.size == 1:
-                    self.saver.save()
+                # A bad file among the validation's must not cost what was trained before it.
+                self.saver.save()
                 raise
         if ends:
             progress.length.mark_finished()
@@ -397,8 +395,30 @@ class Brain:
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
         self.modules.eval()
         self.rng = None
-        self._recorded.clear()
-        sums = MetricSums()
+        self._recorded = []
+        sums, error = MetricSums(), None
+        try:
+            self._add_batches(sums, loader, stage, max_steps=max_steps)
+        except ToolkitError as caught:
+            error = caught
+        # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
+        recorded, errors = [], []
+        for rows, sentence in self.world.gather_objects((self._recorded, None if error is None else str(error))):
+            recorded += rows
+            errors += [sentence] if sentence else []
+        if error is not None or errors:
+            raise error or TrainingError(errors[0])
+        self._recorded = []
+        reduced = sums.reduce(self.world)
+        if reduced.nonfinite:
+            self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
+        rows = [row for _, row in sorted(recorded, key=lambda item: item[0])]
+        return StageResult(stage, self.update, reduced.averages(), reduced, rows)
+
+    def _add_batches(
+        self, sums: MetricSums, loader: MicroBatches, stage: Stage, *, max_steps: int | None
+    ) -> None:
+        """Add the metrics of this rank's batches to ``sums``."""
         with contextlib.closing(passed_on(loader.epoch(0))) as micro_batches:
             for micro in micro_batches:
                 if max_steps is not None and micro.update >= max_steps:
@@ -413,12 +433,6 @@ class Brain:
                 sums.add("loss", objective.loss_sum, objective.count)
                 for name, (amount, count) in objective.metrics.items():
                     sums.add(name, amount, count)
-        reduced = sums.reduce(self.world)
-        if reduced.nonfinite:
-            self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
-        rows = sorted((item for part in self.world.gather_objects(self._recorded) for item in part), key=lambda i: i[0])
-        self._recorded = []
-        return StageResult(stage, self.update, reduced.averages(), reduced, [row for _, row in rows])
 
     def _validate(self, loader: MicroBatches, epoch: int) -> dict[str, float]:
         began = time.monotonic()
