@@ -215,14 +215,25 @@ def test_of_two_processes_one_alone_meets_the_bad_file(output, manifest, tmp_pat
     rows = sorted(digits()[:12], key=lambda row: float(row["duration"]))
     rows[0]["wav"] = "/nowhere/last.flac"
     path = write_rows(tmp_path / "valid.csv", rows)
-    words = digits_words(output, valid_manifest=path, batch_seconds=3, effective_batch=6, max_updates=3,
+    words = digits_words(output, valid_manifest=path, batch_seconds=1.5, effective_batch=6, max_updates=3,
                          valid_interval_updates=50)  # fmt: skip
     ended = run_script(TEMPLATE, words, processes=2)
-    assert ended.code != 0 and f"utterance {rows[0]['ID']}: /nowhere/last.flac does not exist" in ended.stderr
+    assert ended.code != 0, ended.stderr
+    assert f"utterance {rows[0]['ID']}: /nowhere/last.flac does not exist" in ended.stderr
     assert [path.name for path in (output / "save").iterdir()] == ["step_00000003"]
 
 
 # ---- transcripts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_transcript_too_long_for_its_audio_is_told(output, manifest):
+    path = manifest(wrd="ZERO " * 100)
+    ended = run_here(TEMPLATE, digits_words(output, train_manifest=path))
+    assert ended.code == 0
+    assert (
+        "warning: " in ended.stderr and "1 of 50 utterances has more tokens than the model has frames for "
+        "(0_jackson_5), which CTC cannot spell: nothing is learned from them;" in ended.stderr
+    )  # fmt: skip
 
 
 def test_an_empty_transcript_counts_as_silence_and_is_told(output, manifest):

@@ -148,12 +148,12 @@ class Saver:
         return True
 
     def _keep_best(self, metrics: Mapping[str, float] | None) -> None:
-        """Remember the best validation for the summary."""
+        """Remember the best validation for the summary: of equal ones the later, as the checkpoints do."""
         metric = getattr(self.checkpointer, "best_metric", None) or "loss"
         value = (metrics or {}).get(metric, math.nan)
         if not math.isfinite(value):
             return
         sign = -1.0 if getattr(self.checkpointer, "best_mode", "min") == "max" else 1.0
         best = self.progress.best
-        if not best or sign * value < sign * best[metric]:
+        if not best or sign * value <= sign * best[metric]:
             self.progress.best = {"update": self.progress.update, **(metrics or {})}

@@ -46,7 +46,7 @@ def test_the_share_is_a_function_of_the_seed():
 
 
 def test_nothing_to_hold_out():
-    with pytest.raises(ConfigError, match="valid_share is 1.5; expected a share above 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"valid_share is 1\.5; expected a share above 0 and below 1"):
         hold_out(Manifest.from_rows(ROWS), 1.5, seed=1)
     with pytest.raises(ConfigError, match="has one utterance, too few to hold some out; give --valid_manifest"):
         hold_out(Manifest.from_rows(ROWS[:1]), 0.5, seed=1)

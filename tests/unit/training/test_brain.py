@@ -396,6 +396,15 @@ def test_the_best_and_the_average_weights_can_be_evaluated(tmp_path):
         brain.saver.load_weights("newest")
 
 
+def test_of_equally_good_validations_the_summary_names_the_one_that_is_loaded(tmp_path):
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    checkpointer = Checkpointer(tmp_path, keep_last=3, keep_best=1, best_metric="loss")
+    brain = make(checkpointer=checkpointer, max_updates=3, valid_interval_updates=1, opt=still)
+    brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(0, 4)]))
+    assert brain.saver.load_weights("best")
+    assert brain.progress.best["update"] == 3 == int(checkpointer.find_best().name.removeprefix("step_"))
+
+
 def _rising_sgd(parameters, fused=False):
     """So large a rate that the second validation is worse than the first."""
     return torch.optim.SGD(parameters, lr=0.8)
