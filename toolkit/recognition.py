@@ -1,16 +1,20 @@
-"""What every speech recognition recipe starts from: tokens, and a model from scratch or on a pretrained encoder."""
+"""What speech recognition recipes share: a model with its tokens, and from its output to transcripts and errors."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
 from toolkit.data.manifest import Manifest
 from toolkit.data.tokens import Tokenizer, load_tokenizer
-from toolkit.decoding.ctc import describe_impossible
-from toolkit.models.ctc import CTCModel
+from toolkit.decoding.ctc import describe_impossible, greedy_decode
+from toolkit.decoding.scoring import WordErrors
+from toolkit.models.ctc import CTCModel, CTCOutput
 from toolkit.models.folder import load_model, read_model_config, save_model_folder
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
 from toolkit.training.experiment import Experiment
@@ -93,3 +97,28 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     if sentence := describe_impossible(train, tokenizer, encoder.frame_lengths, sample_rate):
         experiment.say(f"warning: {sentence}")
     return SpeechRecognizer(model, tokenizer, sample_rate, normalize)
+
+
+def transcribe(output: CTCOutput, tokenizer: Tokenizer) -> list[str]:
+    """The transcript of each utterance, by greedy decoding."""
+    decoded = greedy_decode(output.log_probs, output.frame_lengths, tokenizer.blank_id)
+    return [tokenizer.decode(tokens) for tokens in decoded]
+
+
+def compare(
+    batch: SpeechBatch, hypotheses: Sequence[str], *, record: Callable[[Mapping[str, Any]], object]
+) -> dict[str, tuple[float, float]]:
+    """Word and character errors as (sum, count) metrics ``wer`` and ``cer``, in percent.
+
+    Arguments
+    ---------
+    batch : with its texts.
+    hypotheses : a transcript for each utterance.
+    record : gets each pair as a row: id, reference, hypothesis.
+    """
+    assert batch.texts is not None
+    for name, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
+        record({"id": name, "reference": reference, "hypothesis": hypothesis})
+    errors = WordErrors()
+    errors.extend(batch.ids, batch.texts, hypotheses)
+    return errors.metrics()

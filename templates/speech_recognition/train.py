@@ -15,11 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.parts import read_parts
 from toolkit.data.tokens import Tokenizer
-from toolkit.decoding.ctc import greedy_decode
-from toolkit.decoding.scoring import WordErrors
 from toolkit.errors import run_main
 from toolkit.models.ctc import CTCOutput, ctc_loss
-from toolkit.recognition import make_recognizer
+from toolkit.recognition import compare, make_recognizer, transcribe
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import start
 
@@ -38,13 +36,8 @@ class Recognizer(Brain):
         loss, count = ctc_loss(predictions.log_probs, predictions.frame_lengths, batch.tokens, batch.token_lengths)
         if stage is Stage.TRAIN:
             return Objective(loss, count)
-        decoded = greedy_decode(predictions.log_probs, predictions.frame_lengths, self.tokenizer.blank_id)
-        hypotheses = [self.tokenizer.decode(tokens) for tokens in decoded]
-        for name, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
-            self.record({"id": name, "reference": reference, "hypothesis": hypothesis})
-        errors = WordErrors()
-        errors.extend(batch.ids, batch.texts, hypotheses)
-        return Objective(loss, count, errors.metrics())
+        hypotheses = transcribe(predictions, self.tokenizer)
+        return Objective(loss, count, compare(batch, hypotheses, record=self.record))
 
 
 def main(argv: Sequence[str]) -> None:
