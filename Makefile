@@ -1,6 +1,6 @@
 # make demo   the main job on a small synthetic corpus, from nothing to a word error rate (10 minutes)
 # make test   all tests                        make lint   ruff, and the test of the floors
-# make venv   only the environment             make bench  the pretraining step against its peer
+# make venv   only the environment             make bench  the pretraining step against its peer and its loop
 # make faults the long tests of interruptions and broken inputs
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13):        make venv PYTHON=python3.12
@@ -40,6 +40,7 @@ faults: .venv/.ready
 bench: .venv/.ready
 	$(VENV_PYTHON) benchmarks/step.py --peer transformers --precision fp32 $(BENCH_ARGS)
 	$(VENV_PYTHON) benchmarks/step.py --peer transformers --precision bf16 $(BENCH_ARGS)
+	$(VENV_PYTHON) benchmarks/loop.py --precision bf16
 
 venv: .venv/.ready
 

@@ -1,4 +1,4 @@
-"""The step benchmark runs and says what it promises; what it measures is not looked at."""
+"""The benchmarks run and say what they promise; what they measure is not looked at."""
 
 import json
 import os
@@ -42,3 +42,13 @@ def test_work_of_base():
     finally:
         sys.path.pop(0)
     assert Size(layerdrop=0.0).gflop(1, 160000) / 10 == pytest.approx(44.4, rel=0.005)
+
+
+def test_the_loop_of_the_recipe_beside_the_bare_step():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "loop.py"), "--size", "tiny", "--hparams", "w2v2_tiny.yaml",
+               "--seconds", "1", "--updates", "2", "--warmup", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["walls"]["loop"]) == len(result["walls"]["step"]) == 2
+    assert result["loop"] > 0 and result["step"] > 0 and 0 < result["share"]
