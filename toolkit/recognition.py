@@ -58,14 +58,15 @@ class SpeechRecognizer:
 def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer:
     """The recognizer that a run's settings ask for, and a word in its log where transcripts do not fit their audio.
 
-    From scratch, ``encoder_sizes`` gives the encoder; with ``pretrained`` (a ``model/`` folder of any kind) the
-    folder gives sizes, weights, sample rate and normalization, and only the head is fresh. ``encoder_training``
-    (dropouts, masks, ...) counts either way. With ``test_only`` a pretrained CTC model is taken whole.
+    From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder of any kind) the folder
+    gives sizes, weights, sample rate and normalization, and only the head is fresh, and the last ``reset_layers``
+    layers. ``encoder_training`` (dropouts, masks, ...) counts either way. With ``test_only`` a pretrained CTC model is
+    taken whole.
 
     Arguments
     ---------
     experiment : its hparams hold pretrained, tokenizer (transcripts -> Tokenizer), encoder_sizes, encoder_training,
-        final_dropout, freeze_updates, sample_rate, normalize.
+        final_dropout, freeze_updates, reset_layers, sample_rate, normalize.
     train : training utterances, from whose transcripts (column wrd) the tokens are made.
 
     Raises
@@ -86,7 +87,9 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     else:
         from_folder = partial(Wav2Vec2Encoder.from_folder, folder)
         encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
-        experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {folder}")
+        encoder.transformer.reset_layers(hparams["reset_layers"])
+        fresh = f"; its last {hparams['reset_layers']} layers start anew" if hparams["reset_layers"] else ""
+        experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {folder}{fresh}")
     model = CTCModel(
         encoder,
         tokenizer.vocab_size,

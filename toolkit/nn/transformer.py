@@ -32,9 +32,13 @@ INITIAL_STD = 0.02
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
+    _draw_weights(layer)
+    return layer
+
+
+def _draw_weights(layer: nn.Linear) -> None:
     nn.init.normal_(layer.weight, std=INITIAL_STD)
     nn.init.zeros_(layer.bias)
-    return layer
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,29 @@ class TransformerEncoder(nn.Module):
             )
             for _ in range(num_layers)
         )
+
+    def reset_layers(self, count: int) -> None:
+        """Give the last ``count`` blocks fresh weights.
+
+        The last blocks of a pretrained encoder serve its objective, not the next task's; fine-tuning on little data can
+        be better without them (Pasad et al. 2021, arXiv 2107.04734).
+
+        Arguments
+        ---------
+        count : how many; 0 changes nothing.
+
+        Raises
+        ------
+        ModelError : there are not so many.
+        """
+        if not 0 <= count <= len(self.layers):
+            raise ModelError(f"{count} layers cannot be reset; the encoder has {len(self.layers)}.")
+        for layer in self.layers[len(self.layers) - count :]:
+            for part in layer.children():
+                if isinstance(part, nn.LayerNorm):
+                    part.reset_parameters()
+                else:
+                    _draw_weights(part)
 
     def forward(
         self,

@@ -253,6 +253,27 @@ def test_positional_stack_of_data2vec(use_fast):
     assert torch.allclose(conv(x), y.transpose(1, 2))
 
 
+def test_the_last_layers_can_start_anew():
+    model = TransformerEncoder(num_layers=3, dim=16, ffn_dim=24, num_heads=2, pos_kernel=6, pos_groups=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.reset_layers(0)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    model.reset_layers(2)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(("layers.1.", "layers.2.")):
+            assert torch.equal(tensor, trained[name]), name
+        elif "norm" in name or name.endswith("bias"):
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert abs(float(tensor.mean())) < 0.01 and 0.015 < float(tensor.std()) < 0.025, name
+    with pytest.raises(ModelError, match="4 layers cannot be reset; the encoder has 3"):
+        model.reset_layers(4)
+
+
 def test_settings_are_checked():
     with pytest.raises(ModelError, match="no multiple of its num_heads 3"):
         build(num_heads=3)
