@@ -1,7 +1,7 @@
 # make demo   the main job on a small synthetic corpus, from nothing to a word error rate (10 minutes)
 # make test   all tests                        make lint   ruff, and the test of the floors
 # make venv   only the environment             make bench  the pretraining step against its peer and its loop
-# make faults the long tests of interruptions and broken inputs
+# make faults only the tests of interruptions and broken inputs
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13):        make venv PYTHON=python3.12
 # TORCH   the torch to install where .venv has none yet:          make venv TORCH="torch>=2.6"
@@ -28,7 +28,7 @@ demo: .venv/.ready
 
 # One thread a process: the tests are many and small, and two processes share the cores.
 test: .venv/.ready
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not long" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 lint: .venv/.ready
 	$(VENV_PYTHON) -m ruff check .

@@ -20,7 +20,7 @@ TENSORBOARD = ["tensorboard>=2.19"]
 setup(
     name="speech-pretraining-toolkit",
     version=VERSION,
-    description="Pretrain and fine-tune speech models from recipes: wav2vec 2.0, data2vec and CTC, on any device",
+    description="Pretrain and fine-tune speech models from recipes: wav2vec 2.0 and CTC, on any device",
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -42,8 +42,6 @@ setup(
         "text": TEXT,
         "demo": DEMO,
         "tensorboard": TENSORBOARD,
-        "lm": ['flashlight-text>=0.0.7; python_version < "3.13"'],
-        "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "peers": ["transformers>=4.57"],
         "torchaudio": ["torchaudio>=2.11"],  # needs the build that matches torch: see README
         "npu": ["torch-npu>=2.6"],  # with a constraint, it would replace torch: see README

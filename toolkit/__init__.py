@@ -1,4 +1,4 @@
-"""Pretrain and fine-tune speech models from recipes: wav2vec 2.0, data2vec and CTC, on any device."""
+"""Pretrain and fine-tune speech models from recipes: wav2vec 2.0 and CTC, on any device."""
 
 import os
 
