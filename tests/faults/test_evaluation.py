@@ -196,6 +196,24 @@ def test_the_output_folder_holds_one_run_and_pretrained_names_another(scratch, t
     assert (record(output), summary(output)) == before
 
 
+def test_the_model_folder_of_the_run_itself_is_no_other_run(scratch, copied):
+    output = copied(scratch)
+    before = summary(output)
+    done(TEMPLATE, digits_words(output, pretrained=output / "model", test_only="True"))
+    assert summary(output) == before
+
+
+def test_damaged_checkpoints_are_not_replaced_by_what_the_run_began_with(tuned, scratch, copied):
+    output = copied(tuned)
+    before = summary(output)
+    for weights in output.glob("save/*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    refused(TEMPLATE, digits_words(output, pretrained=scratch / "model", test_only="True"),
+            f"none of the checkpoints in {output / 'save'} is sound; restore one from a copy, or give another "
+            "--output_folder to evaluate the pretrained model alone.")  # fmt: skip
+    assert summary(output) == before
+
+
 def test_a_recognizer_is_no_pretraining(scratch, tmp_path):
     for script, words in ((SELF_SUPERVISED, self_supervised_words), (PRETRAINING, pretraining_words)):
         refused(script, words(tmp_path / "run", pretrained=scratch / "model"),

@@ -305,8 +305,8 @@ class Experiment:
         CheckpointError : ``test_only`` without a checkpoint or a pretrained model.
         """
         loaded = brain.saver.load_weights(evaluate)
-        if self.options.test_only and not loaded and (has_checkpoints(self.output_folder) or not self._has_weights):
-            raise _nothing_to_evaluate(self.output_folder)
+        if self.options.test_only and not loaded:
+            self._check_weights_elsewhere()
         model_folder = self.output_folder / MODEL_NAME
         # An evaluation completes a run that lacks its model/; a model of another place is not copied here.
         if save_model is not None and not (self.options.test_only and (model_folder.exists() or not loaded)):
@@ -325,6 +325,17 @@ class Experiment:
             self.say("debug run complete: train, validation, checkpoint, resume and test have run; now without it.")
         self.say(f"all of it is in {self.output_folder}")
         return values
+
+    def _check_weights_elsewhere(self) -> None:
+        """Refuse to evaluate where no checkpoint was loaded and no model folder gave the weights."""
+        damaged = has_checkpoints(self.output_folder)
+        if damaged and self.hparams.get("pretrained"):
+            raise CheckpointError(
+                f"none of the checkpoints in {self.output_folder / 'save'} is sound; restore one from a copy, or give "
+                "another --output_folder to evaluate the pretrained model alone."
+            )
+        if damaged or not self._has_weights:
+            raise _nothing_to_evaluate(self.output_folder)
 
     def _run_tests(self, brain: Brain, tests: Mapping[str, Loader]) -> dict[str, Any]:
         pooled, by_set, rows = MetricSums(), {}, []
@@ -467,7 +478,9 @@ def _check_evaluation(folder: Path, pretrained: Any) -> None:
         if not pretrained:
             raise _nothing_to_evaluate(folder)
         return
-    if pretrained and not _is_same_path(pretrained, _setting_of_run(folder, "pretrained")):
+    # A fine-tuning run is evaluated by its own command, which names what it began with.
+    own = (_setting_of_run(folder, "pretrained"), folder / MODEL_NAME)
+    if pretrained and not any(_is_same_path(pretrained, path) for path in own):
         raise ConfigError(
             f"{folder} holds a run of its own, and --pretrained names {pretrained}; leave out --pretrained to evaluate "
             "that run, or give another --output_folder to evaluate the pretrained model."
