@@ -14,10 +14,12 @@ from toolkit.data.manifest import Manifest
 from toolkit.data.tokens import Tokenizer, load_tokenizer
 from toolkit.decoding.ctc import describe_impossible, greedy_decode
 from toolkit.decoding.scoring import WordErrors
+from toolkit.errors import CheckpointError
 from toolkit.models.ctc import CTCModel, CTCOutput
 from toolkit.models.folder import load_model, read_model_config, save_model_folder
+from toolkit.models.pretrainer import describe_hearing
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
-from toolkit.training.experiment import Experiment
+from toolkit.training.experiment import Experiment, has_checkpoints, holds_model
 from toolkit.training.hparams import construct
 
 
@@ -39,7 +41,11 @@ class SpeechRecognizer:
     normalize: bool
 
     def dataset(self, manifest: Manifest) -> DynamicItemDataset:
-        """The utterances of ``manifest`` as the model wants them: id, waveform, tokens, text."""
+        """The utterances of ``manifest`` as the model wants them: id, waveform, tokens, text.
+
+        Raises ManifestError where it has no column wrd: now, and not when its first batch comes.
+        """
+        manifest.column("wrd")
         items = [*speech_items(self.sample_rate, self.normalize), *text_items(self.tokenizer)]
         return DynamicItemDataset(manifest, items, ["id", "waveform", "tokens", "text"])
 
@@ -55,13 +61,43 @@ class SpeechRecognizer:
         )
 
 
+def trained_recognizer(experiment: Experiment) -> SpeechRecognizer | None:
+    """The recognizer to evaluate with ``test_only``, whole with its tokens: training data is not needed for it.
+
+    It is the ``model/`` of the run in the output folder, whose checkpoints fit it. Where the output folder holds no
+    run, it is ``pretrained``.
+
+    Returns
+    -------
+    None in training, and where the run has checkpoints but no ``model/`` yet: then `make_recognizer` makes it again.
+
+    Raises
+    ------
+    CheckpointError : the folder cannot be used, or holds a model that does not score tokens.
+    """
+    output = experiment.output_folder
+    if not experiment.options.test_only or (has_checkpoints(output) and not holds_model(output)):
+        return None
+    folder = experiment.model_source()
+    if folder is None:
+        return None
+    config = read_model_config(folder)
+    if config.kind != "ctc":
+        raise CheckpointError(
+            f"{folder}: this is a model of kind {config.kind!r}, which has no output layer to evaluate; give the "
+            "model/ folder of a fine-tuning run (kind 'ctc'), or train one without --test_only."
+        )
+    experiment.say(f"model and tokens: {folder}")
+    return SpeechRecognizer(load_model(folder), load_tokenizer(folder), config.sample_rate, config.normalize)
+
+
 def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer:
     """The recognizer that a run's settings ask for, and a word in its log where transcripts do not fit their audio.
 
     From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder of any kind) the folder
     gives sizes, weights, sample rate and normalization, and only the head is fresh, and the last ``reset_layers``
-    layers. ``encoder_training`` (dropouts, masks, ...) counts either way. With ``test_only`` a pretrained CTC model is
-    taken whole.
+    layers. ``encoder_training`` (dropouts, masks, ...) counts either way. With ``test_only`` it is that of
+    `trained_recognizer`, if there is one.
 
     Arguments
     ---------
@@ -73,13 +109,14 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     ------
     CheckpointError, ModelError, TokenError : what is wrong with the folder, the sizes, the transcripts.
     """
+    if (trained := trained_recognizer(experiment)) is not None:
+        return trained
     hparams = experiment.hparams
     folder, sample_rate, normalize = hparams["pretrained"], hparams["sample_rate"], hparams["normalize"]
     config = None if folder is None else read_model_config(folder)
     if config is not None:
+        experiment.say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
         sample_rate, normalize = config.sample_rate, config.normalize
-    if config is not None and config.kind == "ctc" and experiment.options.test_only:
-        return SpeechRecognizer(load_model(folder), load_tokenizer(folder), sample_rate, normalize)
     tokenizer = hparams["tokenizer"](train.column("wrd"))
     training = hparams["encoder_training"]
     if config is None:

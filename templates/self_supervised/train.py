@@ -17,7 +17,7 @@ from toolkit.data.dataset import DynamicItemDataset, speech_items
 from toolkit.data.parts import read_parts
 from toolkit.errors import run_main
 from toolkit.models.folder import save_model_folder
-from toolkit.models.pretrainer import Pretrainer
+from toolkit.models.pretrainer import load_whole_model
 from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import start
@@ -42,12 +42,18 @@ def main(argv: Sequence[str]) -> None:
     """Read, train, evaluate, write model/ and summary.json."""
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
-        items = speech_items(hparams["sample_rate"], hparams["normalize"])
+        model = hparams["model"]
+        sample_rate, normalize = load_whole_model(
+            model,
+            experiment.model_source(),
+            kind="wav2vec2_pretraining",
+            sample_rate=hparams["sample_rate"],
+            normalize=hparams["normalize"],
+            say=experiment.say,
+        )
+        items = speech_items(sample_rate, normalize)
         parts = read_parts(hparams, say=experiment.say, texts=False)
         train, valid, test = (part and DynamicItemDataset(part, items, ["id", "waveform"]) for part in parts)
-        model = hparams["model"]
-        for part in Pretrainer({"model": model}, {"model": hparams["pretrained"]}).load():
-            experiment.say(str(part))
         batch_seconds = hparams["batch_seconds"]
         brain = experiment.brain(
             Pretraining,
@@ -56,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
             schedule=hparams["schedule"],
             health=pretraining_health(num_groups=model.quantizer.num_groups, num_candidates=1 + model.num_negatives),
             best_metric="loss",
+            sample_rate=sample_rate,
         )
         brain.fit(
             experiment.train_loader(
@@ -65,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
                 mode="crop",
                 max_seconds=hparams["crop_seconds"],
                 num_buckets=hparams["num_buckets"],
+                sample_rate=sample_rate,
             ),
             experiment.eval_loader(valid, batch_seconds=batch_seconds),
         )
@@ -75,8 +83,8 @@ def main(argv: Sequence[str]) -> None:
                 folder,
                 model,
                 kind="wav2vec2_pretraining",
-                sample_rate=hparams["sample_rate"],
-                normalize=hparams["normalize"],
+                sample_rate=sample_rate,
+                normalize=normalize,
             ),
             evaluate="last",  # a long pretraining is used as it ends: the lowest loss is no sign of the best features
         )

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
             best_metric="wer",
+            sample_rate=recognizer.sample_rate,
         )
         brain.tokenizer = recognizer.tokenizer
         brain.fit(

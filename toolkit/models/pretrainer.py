@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.models.model_files import ModelConfig, load_tensors, read_model_folder
+from toolkit.models.model_files import ModelConfig, load_tensors, read_model_config, read_model_folder
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,69 @@ class Pretrainer:
         if len(missing) == len(own):
             raise CheckpointError(f"{path}: none of the {len(own)} tensors of {name!r} is in the folder; give another.")
         return LoadedPart(name, os.fspath(path), contents.config, len(own), missing, unexpected)
+
+
+def load_whole_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str] | None,
+    *,
+    kind: str,
+    sample_rate: int,
+    normalize: bool,
+    say: Callable[[str], object],
+) -> tuple[int, bool]:
+    """Load a model of a known kind from its folder, and what audio it hears.
+
+    Arguments
+    ---------
+    model : takes all tensors of the folder.
+    folder : a model folder; None leaves the model as it is.
+    kind : what the folder has to be of.
+    sample_rate, normalize : Hz and normalization of the settings, for a model without a folder.
+    say : takes the report.
+
+    Returns
+    -------
+    Sample rate (Hz) and normalization: those of the folder, where there is one.
+
+    Raises
+    ------
+    CheckpointError : the folder cannot be used, is of another kind, or does not fit the model.
+
+    Example
+    -------
+    >>> load_whole_model(nn.Linear(2, 2), None, kind="ctc", sample_rate=8000, normalize=True, say=print)
+    (8000, True)
+    """
+    if folder is None:
+        return sample_rate, normalize
+    config = read_model_config(folder)
+    if config.kind != kind:
+        raise CheckpointError(
+            f"{folder}: this is a model of kind {config.kind!r}, expected {kind!r}; give the model/ folder of a run of "
+            "that kind."
+        )
+    for part in Pretrainer({"model": model}, {"model": folder}).load():
+        say(str(part))
+    say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
+    return config.sample_rate, config.normalize
+
+
+def describe_hearing(
+    config: ModelConfig, folder: str | os.PathLike[str], *, sample_rate: int, normalize: bool
+) -> str:
+    """A sentence on what audio the model of ``folder`` hears, and on the settings that do not count beside it.
+
+    Example
+    -------
+    >>> config = ModelConfig("ctc", {}, 8000, False, tokens=None, extra={})
+    >>> describe_hearing(config, "old/model", sample_rate=16000, normalize=False)
+    'audio: 8000 Hz, normalize False, as in old/model (the settings sample_rate 16000, normalize False do not count)'
+    """
+    words = f"audio: {config.sample_rate} Hz, normalize {config.normalize}, as in {folder}"
+    if (config.sample_rate, config.normalize) == (sample_rate, normalize):
+        return words
+    return f"{words} (the settings sample_rate {sample_rate}, normalize {normalize} do not count)"
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:

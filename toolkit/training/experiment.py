@@ -59,6 +59,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +69,35 @@ from torch import nn
 from toolkit.data.batch import collate_speech
 from toolkit.data.loader import Loader
 from toolkit.data.sampler import BucketSampler, EvaluationSampler
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from toolkit.seeds import derive_seed
 from toolkit.training.brain import Brain
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.checkpoint_format import CHECKSUMS_NAME, present_folders
 from toolkit.training.context import RunContext
 from toolkit.training.devices import prepare_process, resolve_device
 from toolkit.training.distributed import environment_rank, init_world, run_on_main
 from toolkit.training.folders import FolderLock, open_output_folder, write_atomic
 from toolkit.training.health import HealthMonitor
-from toolkit.training.hparams import HparamsPlan, help_text, plan_hparams
+from toolkit.training.hparams import OUTPUT_NAME, HparamsPlan, help_text, plan_hparams
 from toolkit.training.loggers import Console, JsonLinesLogger, Logger, Loggers, TensorBoardLogger, TextLogger
 from toolkit.training.metrics import MetricSums
 from toolkit.training.objective import StageResult
 from toolkit.training.optim import ParameterGroup
 from toolkit.training.options import RunOptions, parse_arguments
+from toolkit.training.saving import check_weights
 from toolkit.training.schedules import Schedule
 from toolkit.training.summary import format_summary, summarize, write_summary
+from toolkit.training.yaml_tree import plain_or_none, read_tree
 
 DEBUG_MARK = "debug_run"
 """Marks an output folder whose results come from --debug, so that a real run does not go on from them."""
 
+MODEL_NAME = "model"
+"""The model folder in an output folder."""
+
 RESULTS = (
-    "save", "model", "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl", "crash_report.json",
+    "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl", "crash_report.json",
 )  # fmt: skip
 """What a run leaves in its output folder, beside logs and what was prepared."""
 
@@ -105,6 +112,8 @@ class Experiment:
     context : device, ranks, loggers, output folder.
     settings : plain values that decide results, compared when a run is resumed.
     lock : of the output folder (main process).
+    keep_record : writes into the output folder what was run; called once a checkpoint that was there is resumed. None:
+        that is done, or the record is another run's.
     """
 
     def __init__(
@@ -115,6 +124,7 @@ class Experiment:
         *,
         settings: Mapping[str, Any],
         lock: FolderLock | None = None,
+        keep_record: Callable[[], None] | None = None,
     ) -> None:
         self.hparams, self.options, self.context, self.settings = hparams, options, context, settings
         self.device, self.world, self.loggers = context.device, context.world, context.loggers
@@ -122,6 +132,8 @@ class Experiment:
         self._lock = lock
         self._manifests: dict[str, str] = {}
         self._checkpointer: Checkpointer | None = None
+        self._keep_record = keep_record
+        self._has_weights = bool(hparams.get("pretrained"))
 
     def __enter__(self) -> Experiment:
         return self
@@ -144,6 +156,18 @@ class Experiment:
         """Call ``function`` on the main process while the others wait; its result (plain values) comes to all."""
         return run_on_main(self.world, function, *args, **arguments)
 
+    def model_source(self) -> Path | None:
+        """The model folder to load before training or evaluation, None where there is none.
+
+        It is ``pretrained``; with ``test_only``, where the output folder holds a run, that run's own ``model/``, to
+        which its checkpoints fit.
+        """
+        if self.options.test_only and holds_model(self.output_folder):
+            self._has_weights = True
+            return self.output_folder / MODEL_NAME
+        pretrained = self.hparams.get("pretrained")
+        return Path(pretrained) if pretrained else None
+
     def brain(
         self,
         kind: type[Brain],
@@ -155,12 +179,14 @@ class Experiment:
         health: HealthMonitor | None = None,
         best_metric: str = "loss",
         best_mode: str = "min",
+        sample_rate: int | None = None,
     ) -> Any:
         """A Brain of class ``kind`` in this run, with a Checkpointer on ``<output_folder>/save``.
 
         Arguments
         ---------
         best_metric, best_mode : which value of the validation decides what is best, and whether low or high is.
+        sample_rate : Hz of the waveforms, to count seconds; None = the YAML's.
         others : as for `Brain`.
         """
         self._checkpointer = Checkpointer(
@@ -174,7 +200,7 @@ class Experiment:
             settings=self.settings,
             log=self.say,
         )
-        return kind(
+        brain = kind(
             modules,
             opt_class,
             self.hparams,
@@ -184,8 +210,11 @@ class Experiment:
             parameter_groups=parameter_groups,
             health=health,
             context=self.context,
-            sample_rate=int(self.hparams.get("sample_rate", 16000)),
+            sample_rate=sample_rate or int(self.hparams.get("sample_rate", 16000)),
         )
+        if self._keep_record is not None:
+            brain.saver.on_resume.append(partial(run_on_main, self.world, self._keep_record))
+        return brain
 
     def train_loader(
         self,
@@ -276,17 +305,18 @@ class Experiment:
         CheckpointError : ``test_only`` without a checkpoint or a pretrained model.
         """
         loaded = brain.saver.load_weights(evaluate)
-        if self.options.test_only and not loaded and not self.hparams.get("pretrained"):
-            raise CheckpointError(
-                f"there is nothing to evaluate: {self.output_folder / 'save'} holds no sound checkpoint and no "
-                "pretrained model was given; train first, or name the folder of a run with --output_folder."
-            )
-        model_folder = self.output_folder / "model"
-        if save_model is not None and not (self.options.test_only and model_folder.exists()):
+        if self.options.test_only and not loaded:
+            self._check_weights_elsewhere()
+        model_folder = self.output_folder / MODEL_NAME
+        # An evaluation completes a run that lacks its model/; a model of another place is not copied here.
+        if save_model is not None and not (self.options.test_only and (model_folder.exists() or not loaded)):
             run_on_main(self.world, _without_result, save_model, model_folder)
         values = summarize(brain)
         if self.options.test_only:
             values = {**values, **_read_json(self.output_folder / "summary.json")}
+        elif self.world.is_main:
+            # What was trained is told even where a bad file ends the test.
+            write_summary(self.output_folder, values)
         values |= self._run_tests(brain, tests or {})
         if self.world.is_main:
             write_summary(self.output_folder, values)
@@ -295,6 +325,17 @@ class Experiment:
             self.say("debug run complete: train, validation, checkpoint, resume and test have run; now without it.")
         self.say(f"all of it is in {self.output_folder}")
         return values
+
+    def _check_weights_elsewhere(self) -> None:
+        """Refuse to evaluate where no checkpoint was loaded and no model folder gave the weights."""
+        damaged = has_checkpoints(self.output_folder)
+        if damaged and self.hparams.get("pretrained"):
+            raise CheckpointError(
+                f"none of the checkpoints in {self.output_folder / 'save'} is sound; restore one from a copy, or give "
+                "another --output_folder to evaluate the pretrained model alone."
+            )
+        if damaged or not self._has_weights:
+            raise _nothing_to_evaluate(self.output_folder)
 
     def _run_tests(self, brain: Brain, tests: Mapping[str, Loader]) -> dict[str, Any]:
         pooled, by_set, rows = MetricSums(), {}, []
@@ -332,6 +373,8 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
         raise ConfigError("no YAML file was given; write `python train.py hparams/NAME.yaml --key value ...`.")
     plan = plan_hparams(arguments.hparams_file, arguments.overrides, options=arguments.options)
     options = RunOptions.from_values(plan.values, arguments.options)
+    if isinstance(plan.values.get("evaluate"), str):
+        check_weights(plan.values["evaluate"])
     if not plan.values.get("output_folder"):
         raise ConfigError(f"{plan.path} has no output_folder; add the key, or give --output_folder.")
     folder = Path(plan.values["output_folder"]).expanduser()
@@ -347,7 +390,7 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
     locks: list[FolderLock] = []
     loggers = Loggers()
     try:
-        run_on_main(world, _open_folder, folder, options, plan, script, locks)
+        is_recorded = run_on_main(world, _open_folder, folder, options, plan, script, locks)
         if world.is_main:
             loggers = _loggers(folder, options)
         precision = device.resolve_precision(options.precision)
@@ -365,16 +408,31 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
         world.close()
         raise
     context = RunContext(device, world, loggers, folder)
-    return Experiment(hparams, options, context, settings=plan.settings(), lock=locks[0] if locks else None)
+    return Experiment(
+        hparams,
+        options,
+        context,
+        settings=plan.settings(),
+        lock=locks[0] if locks else None,
+        keep_record=None if is_recorded else partial(_keep_record, folder, plan, script),
+    )
 
 
 def _open_folder(
     folder: Path, options: RunOptions, plan: HparamsPlan, script: str | Path | None, locks: list[FolderLock]
-) -> None:
-    """Lock the output folder, clear it of a debug run, and keep there what was run (main process)."""
+) -> bool:
+    """Lock the output folder, clear it of a debug run, and keep there what was run (main process).
+
+    Returns
+    -------
+    False where the record waits until the checkpoint that is there was resumed: a run that is refused, because the
+    folder is another's, must not put its settings in the place of that one's.
+    """
     locks.append(open_output_folder(folder))
     mark = folder / DEBUG_MARK
-    if options.debug and not options.test_only and (folder / "save").exists() and not mark.exists():
+    if options.test_only:
+        _check_evaluation(folder, plan.values.get("pretrained"))
+    elif options.debug and not mark.exists() and any(_has_content(folder / name) for name in RESULTS):
         raise ConfigError(
             f"{folder} holds a run, which --debug would overwrite; give the debug run another --output_folder."
         )
@@ -388,10 +446,69 @@ def _open_folder(
         mark.unlink()
     if options.debug and not options.test_only:
         mark.write_text("The results in this folder come from --debug; a real run deletes them.\n")
+    if options.test_only and (has_checkpoints(folder) or holds_model(folder)):
+        return True
+    if has_checkpoints(folder):
+        return False
+    _keep_record(folder, plan, script)
+    return True
+
+
+def _keep_record(folder: Path, plan: HparamsPlan, script: str | Path | None) -> None:
+    """Write the settings, a copy of the script, and the packages."""
     plan.save(folder)
     if script is not None and Path(script).exists():
         shutil.copyfile(script, folder / Path(script).name)
     write_atomic(folder / "env.log", describe_environment())
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether the run in the output folder ``folder`` has finished writing a checkpoint, sound or not."""
+    return any((path / CHECKSUMS_NAME).exists() for _, path in present_folders(folder / "save"))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the output folder ``folder`` has the ``model/`` of a run."""
+    return (folder / MODEL_NAME / "config.json").exists()
+
+
+def _check_evaluation(folder: Path, pretrained: Any) -> None:
+    """Whether it is plain what ``test_only`` shall evaluate: the run in ``folder``, or ``pretrained``."""
+    if not (has_checkpoints(folder) or holds_model(folder)):
+        if not pretrained:
+            raise _nothing_to_evaluate(folder)
+        return
+    # A fine-tuning run is evaluated by its own command, which names what it began with.
+    own = (_setting_of_run(folder, "pretrained"), folder / MODEL_NAME)
+    if pretrained and not any(_is_same_path(pretrained, path) for path in own):
+        raise ConfigError(
+            f"{folder} holds a run of its own, and --pretrained names {pretrained}; leave out --pretrained to evaluate "
+            "that run, or give another --output_folder to evaluate the pretrained model."
+        )
+
+
+def _setting_of_run(folder: Path, key: str) -> Any:
+    """A setting of the run in ``folder`` by its record; None where there is none."""
+    try:
+        return plain_or_none(read_tree(folder / OUTPUT_NAME).root.get(key))
+    except ToolkitError:
+        return None
+
+
+def _is_same_path(first: Any, second: Any) -> bool:
+    return bool(second) and Path(str(first)).expanduser().resolve() == Path(str(second)).expanduser().resolve()
+
+
+def _has_content(path: Path) -> bool:
+    """Whether a folder holds anything, or a file is not empty."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+
+
+def _nothing_to_evaluate(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"there is nothing to evaluate: {folder / 'save'} holds no sound checkpoint and no pretrained model was given; "
+        "train first, or name the folder of a run with --output_folder."
+    )
 
 
 def _loggers(folder: Path, options: RunOptions) -> Loggers:

@@ -19,6 +19,12 @@ WEIGHTS = ("best", "last", "average")
 """Which weights can be evaluated."""
 
 
+def check_weights(which: str) -> None:
+    """ConfigError unless ``which`` is one of WEIGHTS."""
+    if which not in WEIGHTS:
+        raise ConfigError(f"the weights to evaluate are {which!r}, expected one of {', '.join(WEIGHTS)}.")
+
+
 class Stateful(Protocol):
     """A part of the run with plain values to keep."""
 
@@ -37,6 +43,8 @@ class Saver:
     modules : what "model" stands for in checkpoints.
     progress : the place of the run.
     say : called with each sentence.
+
+    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Saver:
         self.checkpointer, self.options = checkpointer, options
         self.modules, self.progress, self.say = modules, progress, say
         self.parts: dict[str, Stateful] = {"progress": progress}
+        self.on_resume: list[Callable[[], object]] = []
         self._last_save = time.monotonic()
         self._optimizer: torch.optim.Optimizer | None = None
         if checkpointer is not None:
@@ -96,6 +105,8 @@ class Saver:
                 if isinstance(warning, str):
                     self.say(f"warning: {warning}")
         self.say(f"resumed at update {self.progress.update} (epoch {self.progress.epochs}).")
+        for accepted in self.on_resume:
+            accepted()
         return True
 
     def rehearse(self) -> None:
@@ -126,8 +137,7 @@ class Saver:
         -------
         False if there is no checkpoint: the weights stay as they are.
         """
-        if which not in WEIGHTS:
-            raise ConfigError(f"the weights to evaluate are {which!r}, expected one of {', '.join(WEIGHTS)}.")
+        check_weights(which)
         found = [] if self.checkpointer is None else self.checkpointer.list()
         if not found or self.checkpointer is None:
             return False

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the scri
 
 from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
+from toolkit.data.loader import Loader
 from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
 from toolkit.data.tokens import Tokenizer
 from toolkit.errors import ConfigError, run_main
 from toolkit.models.ctc import CTCOutput, ctc_loss
-from toolkit.recognition import compare, make_recognizer, transcribe
+from toolkit.recognition import compare, make_recognizer, trained_recognizer, transcribe
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
 
@@ -59,6 +60,9 @@ def main(argv: Sequence[str]) -> None:
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
         train_splits, valid_splits, test_splits = (hparams[f"{part}_splits"] for part in ("train", "valid", "test"))
+        recognizer = trained_recognizer(experiment)
+        if recognizer is not None:  # test_only: it has its tokens, and the training corpus may be elsewhere
+            train_splits, valid_splits = [], []
         manifests = experiment.prepare(
             librispeech_manifests,
             [*train_splits, *valid_splits, *test_splits],
@@ -68,39 +72,44 @@ def main(argv: Sequence[str]) -> None:
             seed=hparams["seed"],
             say=experiment.say,
         )
-        train = read_splits(experiment, train_splits, manifests)
-        if train is None:
-            raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
-        train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
-        experiment.say(f"training: {report}")
-        recognizer = make_recognizer(experiment, train)
+        train, valid = (read_splits(experiment, splits, manifests) for splits in (train_splits, valid_splits))
+        tests = {split: read_splits(experiment, [split], manifests) for split in test_splits}
+        if recognizer is None:
+            if train is None:
+                raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
+            train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
+            experiment.say(f"training: {report}")
+            recognizer = make_recognizer(experiment, train)
 
-        def eval_loader(splits: Sequence[str]):
-            part = read_splits(experiment, splits, manifests)
+        def eval_loader(part: Manifest | None) -> Loader | None:
             return part and experiment.eval_loader(recognizer.dataset(part), batch_seconds=hparams["batch_seconds"])
 
+        valid_loader = eval_loader(valid)
+        test_loaders = {split: eval_loader(part) for split, part in tests.items()}
         brain = experiment.brain(
             ASR,
             modules={"model": recognizer.model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
             best_metric="wer",
+            sample_rate=recognizer.sample_rate,
         )
         brain.tokenizer = recognizer.tokenizer
-        brain.fit(
-            experiment.train_loader(
-                recognizer.dataset(train),
-                batch_seconds=hparams["batch_seconds"],
-                effective_batch=hparams["effective_batch"],
-                mode="pad",
-                num_buckets=hparams["num_buckets"],
-                sample_rate=recognizer.sample_rate,
-            ),
-            eval_loader(valid_splits),
-        )
+        if train is not None:
+            brain.fit(
+                experiment.train_loader(
+                    recognizer.dataset(train),
+                    batch_seconds=hparams["batch_seconds"],
+                    effective_batch=hparams["effective_batch"],
+                    mode="pad",
+                    num_buckets=hparams["num_buckets"],
+                    sample_rate=recognizer.sample_rate,
+                ),
+                valid_loader,
+            )
         experiment.finish(
             brain,
-            tests={split: eval_loader([split]) for split in test_splits},
+            tests=test_loaders,
             save_model=recognizer.save,
             evaluate=hparams["evaluate"],
         )

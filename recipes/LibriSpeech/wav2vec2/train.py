@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the scri
 
 from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
-from toolkit.data.dataset import DynamicItemDataset, speech_items
+from toolkit.data.dataset import DynamicItem, DynamicItemDataset, speech_items
 from toolkit.data.manifest import read_manifests
 from toolkit.errors import ConfigError, run_main
 from toolkit.models.folder import save_model_folder
-from toolkit.models.pretrainer import Pretrainer
+from toolkit.models.pretrainer import load_whole_model
 from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import Experiment, start
@@ -42,7 +42,12 @@ class Pretraining(Brain):
 
 
 def make_dataset(
-    experiment: Experiment, splits: Sequence[str], manifests: Mapping[str, Path], *, limited: bool = False
+    experiment: Experiment,
+    splits: Sequence[str],
+    manifests: Mapping[str, Path],
+    *,
+    items: Sequence[DynamicItem],
+    limited: bool = False,
 ) -> DynamicItemDataset | None:
     """The utterances of ``splits``, within the duration limits if ``limited``; None where there are no splits."""
     hparams = experiment.hparams
@@ -54,7 +59,7 @@ def make_dataset(
         limits = {"min_duration": hparams["min_duration"], "max_duration": hparams["max_duration"]}
         manifest, report = manifest.filter(**limits)
         experiment.say(f"training: {report}")
-    return DynamicItemDataset(manifest, speech_items(hparams["sample_rate"], hparams["normalize"]), ["id", "waveform"])
+    return DynamicItemDataset(manifest, items, ["id", "waveform"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,6 +67,19 @@ def main(argv: Sequence[str]) -> None:
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
         train_splits, valid_splits, test_splits = (hparams[f"{part}_splits"] for part in ("train", "valid", "test"))
+        trains = not experiment.options.test_only
+        if not trains:  # the training corpus may be elsewhere
+            train_splits, valid_splits = [], []
+        model = hparams["model"]
+        sample_rate, normalize = load_whole_model(
+            model,
+            experiment.model_source(),
+            kind="wav2vec2_pretraining",
+            sample_rate=hparams["sample_rate"],
+            normalize=hparams["normalize"],
+            say=experiment.say,
+        )
+        items = speech_items(sample_rate, normalize)
         manifests = experiment.prepare(
             librispeech_manifests,
             [*train_splits, *valid_splits, *test_splits],
@@ -71,14 +89,11 @@ def main(argv: Sequence[str]) -> None:
             seed=hparams["seed"],
             say=experiment.say,
         )
-        train = make_dataset(experiment, train_splits, manifests, limited=True)
-        if train is None:
+        train = make_dataset(experiment, train_splits, manifests, items=items, limited=True)
+        if train is None and trains:
             raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
-        valid = make_dataset(experiment, valid_splits, manifests)
-        tests = {split: make_dataset(experiment, [split], manifests) for split in test_splits}
-        model = hparams["model"]
-        for part in Pretrainer({"model": model}, {"model": hparams["pretrained"]}).load():
-            experiment.say(str(part))
+        valid = make_dataset(experiment, valid_splits, manifests, items=items)
+        tests = {split: make_dataset(experiment, [split], manifests, items=items) for split in test_splits}
         brain = experiment.brain(
             Pretraining,
             modules={"model": model},
@@ -86,19 +101,22 @@ def main(argv: Sequence[str]) -> None:
             schedule=hparams["schedule"],
             health=pretraining_health(num_groups=model.quantizer.num_groups, num_candidates=1 + model.num_negatives),
             best_metric="loss",
+            sample_rate=sample_rate,
         )
         batch_seconds = hparams["batch_seconds"]
-        brain.fit(
-            experiment.train_loader(
-                train,
-                batch_seconds=batch_seconds,
-                effective_batch=hparams["effective_batch"],
-                mode="crop",
-                max_seconds=hparams["crop_seconds"],
-                num_buckets=hparams["num_buckets"],
-            ),
-            None if valid is None else experiment.eval_loader(valid, batch_seconds=batch_seconds),
-        )
+        if train is not None:
+            brain.fit(
+                experiment.train_loader(
+                    train,
+                    batch_seconds=batch_seconds,
+                    effective_batch=hparams["effective_batch"],
+                    mode="crop",
+                    max_seconds=hparams["crop_seconds"],
+                    num_buckets=hparams["num_buckets"],
+                    sample_rate=sample_rate,
+                ),
+                None if valid is None else experiment.eval_loader(valid, batch_seconds=batch_seconds),
+            )
         experiment.finish(
             brain,
             tests={name: experiment.eval_loader(data, batch_seconds=batch_seconds) for name, data in tests.items()},
@@ -106,8 +124,8 @@ def main(argv: Sequence[str]) -> None:
                 folder,
                 model,
                 kind="wav2vec2_pretraining",
-                sample_rate=hparams["sample_rate"],
-                normalize=hparams["normalize"],
+                sample_rate=sample_rate,
+                normalize=normalize,
             ),
             evaluate="last",  # a long pretraining is used as it ends: the lowest loss is no sign of the best features
         )
