@@ -89,10 +89,11 @@ def test_every_key_has_its_comment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_every_key_is_used(path: Path) -> None:
-    """A top-level key is read by the script or by what it imports, is a run option, or is referred to in the YAML."""
+    """A top-level key is read by the script or by what it gives its settings to, is a run option, or is referred to in the YAML."""
     script = script_of(path).read_text(encoding="utf-8")
-    for module in re.findall(r"^from (toolkit[\w.]*) import", script, re.MULTILINE):
-        script += (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    for module in ("toolkit.recognition", "toolkit.data.parts"):  # those that are given a script's settings
+        if f"from {module} import" in script:
+            script += (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     texts = "".join(file.read_text(encoding="utf-8") for file in chain_of(path))
     unused = [
         key
