@@ -259,9 +259,9 @@ class TransformerEncoder(nn.Module):
     def reset_layers(self, count: int) -> None:
         """Give the last ``count`` blocks fresh weights.
 
-        The last blocks of a pretrained encoder may serve its objective more than the next task. Pasad et al. 2021 (arXiv
-        2107.04734, abstract) report better word error rates with little data by a changed fine-tuning; that the change
-        is this one is from memory, unverified.
+        The last blocks of a pretrained encoder may serve its objective more than the next task. Pasad et al. 2021
+        (arXiv 2107.04734, abstract) report better word error rates with little data by a changed fine-tuning; that
+        the change is this one is from memory, unverified.
 
         Arguments
         ---------
