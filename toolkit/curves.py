@@ -20,8 +20,8 @@ import numpy as np
 from toolkit.errors import ConfigError, run_main
 
 FIRST = (
-    "loss", "contrastive", "accuracy", "code_perplexity", "prob_perplexity", "diversity", "penalty", "wer", "cer",
-    "grad_norm", "lr", "throughput",
+    "loss", "contrastive", "accuracy", "code_perplexity", "prob_perplexity", "diversity",
+    "feature_penalty", "wer", "cer", "grad_norm", "lr", "throughput",
 )  # fmt: skip
 """The order in which readers look for curves; others follow by name."""
 

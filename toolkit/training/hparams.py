@@ -225,11 +225,6 @@ def construct(
         raise ConfigError(f"{' and '.join(parts)}: no {name} with these settings: {words}.") from error
 
 
-def save_resolved(plan: HparamsPlan, folder: Path | str) -> Path:
-    """`HparamsPlan.save` as a function."""
-    return plan.save(folder)
-
-
 def help_text(path: Path | str | None) -> str:
     """What ``--help`` prints: the YAML's keys in file order with default and comment, then the run options."""
     lines = ["usage: train.py FILE.yaml [--key value] [--outer.inner value] ..."]

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from toolkit.errors import ConfigError, ModelError
-from toolkit.training.hparams import help_text, load_hparams, plan_hparams, save_resolved
+from toolkit.training.hparams import help_text, load_hparams, plan_hparams
 from toolkit.training.options import RunOptions
 from toolkit.training.values import CommandLineText
 
@@ -279,7 +279,7 @@ def test_whole_numbers_written_as_floats(tmp_path):
 def test_the_resolved_copy_loads_again_and_gives_the_same(tmp_path):
     path = write(tmp_path, RECIPE)
     plan = plan_hparams(path, typed(lr="1e-3", layer__bias="False", opt_class__betas="(0.8, 0.9)"))
-    saved = save_resolved(plan, tmp_path / "run")
+    saved = plan.save(tmp_path / "run")
     again = plan_hparams(saved)
     assert saved.name == "hyperparams.yaml"
     assert again.values == plan.values and again.settings() == plan.settings()
