@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -145,11 +146,14 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
 def _is_reader_gone() -> bool:
     """Whether it is the standard output that nobody reads any more; nothing more is written to it then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        poller = select.poll()
+        poller.register(sys.stdout, 0)
+        is_gone = any(events & select.POLLERR for _, events in poller.poll(0))
+    except (AttributeError, OSError, TypeError, ValueError):  # no such call on this system, or no real output
+        return False
+    if is_gone:
         # The interpreter flushes once more at its end, and would complain.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-        return True
-    return False
+    return is_gone
