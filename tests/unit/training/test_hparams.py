@@ -153,8 +153,11 @@ def test_all_placeholders_at_once_with_their_comments(tmp_path):
         ("layer.out_features", "2.5", "--layer.out_features must be a whole number, but is 2.5 (FILE, line 20, key "
          "'layer.out_features')."),
         ("layer.bias", "3", "--layer.bias must be True or False, but is 3 (FILE, line 17, key 'layer.bias')."),
-        ("num_layers", "1.3", "FILE, line 19, key 'layer.in_features' must be a whole number, but is 2.6 "
-         "(!new:torch.nn.Linear)."),
+        ("num_layers", "1.3", "--num_layers must be a whole number, but is 1.3 (FILE, line 14, key 'num_layers')."),
+        ("lr", ".inf", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
+        ("lr", "1e999", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
+        ("opt_class.betas", "[.nan, 0.9]", "FILE, line 14, key 'opt_class.betas' must be a finite number, but is "
+         "nan; write another value."),
         ("grad_accumulation_factor", "2", "--grad_accumulation_factor does not exist here: accumulation follows from "
          "--effective_batch and --batch_seconds."),
     ],
@@ -274,6 +277,23 @@ def test_nothing_is_built_while_planning(tmp_path):
 def test_whole_numbers_written_as_floats(tmp_path):
     path = write(tmp_path, "n: 1e2\nx: !new:torch.nn.Linear\n  in_features: !ref <n>\n  out_features: 2\n")
     assert load_hparams(path)["x"].in_features == 100
+
+
+def test_what_counts_stays_whole_and_the_rest_may_be_broken(tmp_path):
+    path = write(tmp_path, "freeze_updates: 0\ncrop_seconds: 20\nencoder:\n  num_heads: 4\nlr: 1\n")
+    words = sentence(path, {"freeze_updates": CommandLineText("1.5")})
+    assert words == "--freeze_updates must be a whole number, but is 1.5 (FILE, line 1, key 'freeze_updates')."
+    assert "--encoder.num_heads must be a whole" in sentence(path, {"encoder.num_heads": CommandLineText("2.5")})
+    given = {"freeze_updates": "1e3", "crop_seconds": "1.5", "encoder.num_heads": "2", "lr": "0.5"}
+    values = load_hparams(path, {name: CommandLineText(text) for name, text in given.items()})
+    assert values == {"freeze_updates": 1000, "crop_seconds": 1.5, "encoder": {"num_heads": 2}, "lr": 0.5}
+    assert isinstance(values["freeze_updates"], int)
+
+
+def test_numbers_of_the_yaml_itself_are_finite(tmp_path):
+    path = write(tmp_path, "lr: 1.0\nschedule:\n  warmup: .nan\n")
+    words = sentence(path)
+    assert words == "FILE, line 3, key 'schedule.warmup' must be a finite number, but is nan; write another value."
 
 
 def test_the_resolved_copy_loads_again_and_gives_the_same(tmp_path):
