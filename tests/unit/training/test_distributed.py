@@ -158,6 +158,23 @@ world.close()
     assert "second 0 FileNotFoundError" in output and "second 1 ToolkitError" in output
 
 
+def test_weights_of_two_names_come_to_all_as_they_are(tmp_path):
+    output = torchrun(
+        tmp_path,
+        """
+from toolkit.training.step import share_weights
+model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "out": nn.Linear(2, 3)})
+model["out"].weight = model["embedding"].weight
+nn.init.constant_(model["out"].weight, 3.0 + world.rank)
+nn.init.constant_(model["out"].bias, 5.0 + world.rank)
+share_weights(world, model)
+print("shared", world.rank, [sorted(set(p.flatten().tolist())) for p in model.parameters()], flush=True)
+world.close()
+""",
+    )
+    assert "shared 0 [[3.0], [5.0]]" in output and "shared 1 [[3.0], [5.0]]" in output
+
+
 def test_a_process_that_ends_is_told_in_words(tmp_path):
     output = torchrun(
         tmp_path,

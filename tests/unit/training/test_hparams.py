@@ -156,7 +156,7 @@ def test_all_placeholders_at_once_with_their_comments(tmp_path):
         ("num_layers", "1.3", "--num_layers must be a whole number, but is 1.3 (FILE, line 14, key 'num_layers')."),
         ("lr", ".inf", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
         ("lr", "1e999", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
-        ("opt_class.betas", "[.nan, 0.9]", "FILE, line 14, key 'opt_class.betas' must be a finite number, but is "
+        ("opt_class.betas", "[.nan, 0.9]", "FILE, line 21, key 'opt_class.betas' must be a finite number, but is "
          "nan; write another value."),
         ("grad_accumulation_factor", "2", "--grad_accumulation_factor does not exist here: accumulation follows from "
          "--effective_batch and --batch_seconds."),
