@@ -228,6 +228,11 @@ class Brain:
         self._profiler.close()
         close(train_loader)
         self.loggers.pause()
+        self._stop = StopSignal()
+        if stop.received and self.world.size == 1:
+            # It came after the last look; what follows (the tests) is not to be begun.
+            self.say(f"told to stop: training is complete at update {self.update}; the same command goes on from there.")
+            raise Interrupted if stop.interrupted else Requeue
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""

@@ -480,6 +480,20 @@ def test_a_brain_without_checkpointer_promises_nothing():
     assert memory.sentences[-1] == "interrupted at update 2; nothing is saved, as this Brain has no checkpointer."
 
 
+def test_an_interrupt_at_the_very_end_begins_no_tests(tmp_path):
+    class Late(Regression):
+        def on_stage_end(self, stage, metrics, epoch):
+            if stage is Stage.VALID and self.update == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    brain = make(Late, checkpointer=Checkpointer(tmp_path))
+    with pytest.raises(Interrupted):
+        brain.fit(ListLoader(*[[pairs(0, 4)]] * 3), ListLoader([pairs(8, 10)]))
+    assert saved_updates(tmp_path) == [3]
+    # Whoever goes on all the same is not stopped by what was said to the training.
+    assert brain.evaluate(ListLoader([pairs(8, 10)]), stage=Stage.VALID).metrics["loss"] > 0
+
+
 def test_an_interrupt_that_the_shell_ignores_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
