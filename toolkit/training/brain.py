@@ -231,7 +231,7 @@ class Brain:
         self._stop = StopSignal()
         if stop.received and self.world.size == 1:
             # It came after the last look; what follows (the tests) is not to be begun.
-            self.say(f"told to stop: training is complete at update {self.update}; the same command goes on from there.")
+            self.say(f"told to stop: training is complete at update {self.update}; run the same command for the rest.")
             raise Interrupted if stop.interrupted else Requeue
 
     def fit_batch(self, micro: Any) -> None:

@@ -60,7 +60,7 @@ MINOR_KEYS = frozenset(
 )
 """Keys that may differ between two parts of one run without making it another run."""
 
-COUNT = re.compile(r"^num_|^seed$|(^|_)(updates|layers|heads|groups|length|masks|dim|kernel|interval)$|_size$")
+COUNT = re.compile(r"^num_|(^|_)(seed|updates|layers|length|interval|size)$")
 """Names of keys that count something."""
 
 OUTPUT_NAME = "hyperparams.yaml"
@@ -312,17 +312,18 @@ def _whole_where_counted(tree: YamlTree, name: str, value: Any) -> Any:
     """``value``, as a whole number where the key counts something and the YAML has a whole number there.
 
     Elsewhere a whole number of the YAML may be replaced by a broken one: seconds and rates are often written whole.
+    Keys inside of others are checked by the types of what takes them (`construct`, `_check_calls`).
     """
     number = parse_value(value) if isinstance(value, CommandLineText) and value else value
-    if not isinstance(number, float) or not COUNT.search(name.rsplit(".", 1)[-1]):
+    default = tree.root.get(name)
+    if not isinstance(number, float) or not COUNT.search(name):
         return value
-    keys, default = next(((keys, node) for keys, node in walk(tree.root) if dotted(keys) == name), ((), None))
     if not isinstance(default, int) or isinstance(default, bool):
         return value
     try:
         return coerce(number, int)
     except WrongType as error:
-        raise ConfigError(f"--{name} {error} ({tree.where(keys)}).") from error
+        raise ConfigError(f"--{name} {error} ({tree.where((name,))}).") from error
 
 
 class _NamedText(io.StringIO):

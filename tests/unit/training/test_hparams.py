@@ -280,13 +280,12 @@ def test_whole_numbers_written_as_floats(tmp_path):
 
 
 def test_what_counts_stays_whole_and_the_rest_may_be_broken(tmp_path):
-    path = write(tmp_path, "freeze_updates: 0\ncrop_seconds: 20\nencoder:\n  num_heads: 4\nlr: 1\n")
+    path = write(tmp_path, "freeze_updates: 0\ncrop_seconds: 20\nlr: 1\n")
     words = sentence(path, {"freeze_updates": CommandLineText("1.5")})
     assert words == "--freeze_updates must be a whole number, but is 1.5 (FILE, line 1, key 'freeze_updates')."
-    assert "--encoder.num_heads must be a whole" in sentence(path, {"encoder.num_heads": CommandLineText("2.5")})
-    given = {"freeze_updates": "1e3", "crop_seconds": "1.5", "encoder.num_heads": "2", "lr": "0.5"}
+    given = {"freeze_updates": "1e3", "crop_seconds": "1.5", "lr": "0.5"}
     values = load_hparams(path, {name: CommandLineText(text) for name, text in given.items()})
-    assert values == {"freeze_updates": 1000, "crop_seconds": 1.5, "encoder": {"num_heads": 2}, "lr": 0.5}
+    assert values == {"freeze_updates": 1000, "crop_seconds": 1.5, "lr": 0.5}
     assert isinstance(values["freeze_updates"], int)
 
 
