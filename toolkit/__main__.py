@@ -105,9 +105,19 @@ def _describe_run(path: Path) -> list[str]:
     if (path / "model" / "config.json").is_file():
         lines.append(f"  model      {path / 'model'} ({read_model_config(path / 'model').kind})")
     if (path / "summary.json").is_file():
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        summary = _read_summary(path / "summary.json")
         lines += [f"  {name:10} {json.dumps(value, ensure_ascii=False)}" for name, value in summary.items()]
     return lines
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise CheckpointError(f"{file} is damaged ({error}); delete it and run with --test_only True.") from error
+    if not isinstance(summary, dict):
+        raise CheckpointError(f"{file} is damaged (no JSON object); delete it and run with --test_only True.")
+    return summary
 
 
 def _describe_manifest(path: Path) -> list[str]:

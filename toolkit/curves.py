@@ -20,8 +20,8 @@ import numpy as np
 from toolkit.errors import ConfigError, run_main
 
 FIRST = (
-    "loss", "contrastive", "accuracy", "code_perplexity", "prob_perplexity", "diversity", "penalty", "wer", "cer",
-    "grad_norm", "lr", "throughput",
+    "loss", "contrastive", "accuracy", "code_perplexity", "prob_perplexity", "diversity",
+    "feature_penalty", "wer", "cer", "grad_norm", "lr", "throughput",
 )  # fmt: skip
 """The order in which readers look for curves; others follow by name."""
 
@@ -99,7 +99,10 @@ def read_curves(path: Path | str, *, name: str | None = None) -> RunCurves:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no text ({error.reason}); is this the metrics of a run?") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -152,8 +155,9 @@ def draw_picture(
 
     Raises
     ------
-    ConfigError : matplotlib is not installed, or a metric is in no run.
+    ConfigError : matplotlib is not installed, it cannot write such a picture, or a metric is in no run.
     """
+    output = Path(output)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -162,6 +166,9 @@ def draw_picture(
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if output.suffix and output.suffix[1:].lower() not in formats:
+        raise ConfigError(f"{output} cannot be drawn; end its name with one of .{', .'.join(sorted(formats))}.")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[len(shown) :]:
         panel.axis("off")
@@ -172,7 +179,6 @@ def draw_picture(
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
     if title:
         figure.suptitle(title)
-    output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     return output

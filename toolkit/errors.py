@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +19,9 @@ USER_ERROR = 2
 
 INTERRUPTED = 130
 """Exit code of a run that was stopped with Ctrl-C."""
+
+PIPE_CLOSED = 141
+"""Exit code of a command whose reader has gone (``... --help | head``), as if SIGPIPE had ended it."""
 
 
 class ToolkitError(Exception):
@@ -68,6 +73,34 @@ def describe_os_error(error: OSError) -> str:
     return f"the operating system refused to use{where}: {reason}."
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: the host's (also numpy's and torch's own words) or a device's.
+
+    Example
+    -------
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("no such layer"))
+    (True, False)
+    """
+    # By name and words: this module is imported where torch is not needed, and must not load it.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in words or "out of memory" in words)
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """One sentence for an error that `is_out_of_memory`, with what to do."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    first = re.sub(r"^\[enforce fail [^]]*\].*?(?=DefaultCPUAllocator)", "", first)
+    # torch goes on about the whole device, and about settings of its allocator.
+    first = re.split(r"\.\s+(?=GPU |Of the |Error code|If )", first)[0].rstrip(".")
+    return (
+        f"memory ran out ({first or type(error).__name__}); lower batch_seconds (effective_batch may stay), set "
+        "gradient_checkpointing to True where the YAML has it, or end what else uses the memory."
+    )
+
+
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's ``main(argv)`` and turn a user's error into one line and an exit code.
 
@@ -78,22 +111,49 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
 
     Returns
     -------
-    The exit code: 0, what ``main`` returned, ``USER_ERROR`` or ``INTERRUPTED``. Any other exception is a
-    defect of the program and keeps its traceback (set ``TOOLKIT_TRACEBACK=1`` to see it for a user's error too).
+    The exit code: 0, what ``main`` returned, ``USER_ERROR``, ``INTERRUPTED`` or ``PIPE_CLOSED``. Any other
+    exception is a defect of the program and keeps its traceback (set ``TOOLKIT_TRACEBACK=1`` to see it for a user's
+    error too).
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return main(arguments) or 0
+        code = main(arguments) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone can still be met in silence
+        return code
     except ToolkitError as error:
         message = str(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            return PIPE_CLOSED
         if error.errno is None:
             raise
         message = describe_os_error(error)
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to resume from the last checkpoint.", file=sys.stderr)
+        # What is on disk differs from script to script; training itself says where its checkpoint is.
+        print("\ninterrupted; the same command goes on from what is already saved, if anything.", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = describe_out_of_memory(error)
     if os.environ.get("TOOLKIT_TRACEBACK") == "1":
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
+
+
+def _is_reader_gone() -> bool:
+    """Whether it is the standard output that nobody reads any more; nothing more is written to it then."""
+    try:
+        poller = select.poll()
+        poller.register(sys.stdout, 0)
+        is_gone = any(events & select.POLLERR for _, events in poller.poll(0))
+    except (AttributeError, OSError, TypeError, ValueError):  # no such call on this system, or no real output
+        return False
+    if is_gone:
+        # The interpreter flushes once more at its end, and would complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return is_gone

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +127,71 @@ def test_every_subcommand_has_help(capsys):
         with pytest.raises(SystemExit) as caught:
             build_parser().parse_args([command, "--help"])
         assert caught.value.code == 0 and "usage: python -m toolkit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1, 2]", b"\xff\xfe"])
+def test_inspect_a_run_with_a_damaged_summary(tmp_path, text):
+    (tmp_path / "summary.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ToolkitError, match=r"summary\.json is damaged .*; delete it and run with --test_only True"):
+        main(["inspect", str(tmp_path)])
+
+
+# -------------------------------------------------------------------- how a script ends (run_main)
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_memory_that_ran_out_is_one_sentence(capsys):
+    host = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 400000 bytes. Error code 12 (Cannot allocate memory)"
+    )
+    device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB.\nMore")
+    found = {
+        "MemoryError": MemoryError(),
+        "Unable to allocate 7 TiB": MemoryError("Unable to allocate 7 TiB"),
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes": host,
+        "CUDA out of memory. Tried to allocate 2.00 GiB": device,
+    }
+    for words, error in found.items():
+        assert run_main(raising(error), []) == 2
+        assert capsys.readouterr().err == (
+            f"error: memory ran out ({words}); lower batch_seconds (effective_batch may stay), set "
+            "gradient_checkpointing to True where the YAML has it, or end what else uses the memory.\n"
+        )
+    with pytest.raises(MemoryError):
+        np.empty(2**50)
+    assert run_main(lambda argv: np.empty(2**50), []) == 2
+    assert "memory ran out (Unable to allocate" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a defect"):
+        run_main(raising(RuntimeError("a defect")), [])
+
+
+def test_an_interrupt_promises_no_checkpoint(capsys):
+    assert run_main(raising(KeyboardInterrupt()), []) == 130
+    words = capsys.readouterr().err
+    assert "checkpoint" not in words
+    assert words == "\ninterrupted; the same command goes on from what is already saved, if anything.\n"
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_reader_that_has_gone_ends_a_command_in_silence(size):
+    script = f"import sys; from toolkit.errors import run_main; sys.exit(run_main(lambda argv: print('x' * {size})))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_is_told(capsys):
+    assert run_main(raising(BrokenPipeError(errno.EPIPE, "Broken pipe")), []) == 2
+    assert "error: the operating system refused" in capsys.readouterr().err

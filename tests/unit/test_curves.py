@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.curves import chosen_metrics, draw_picture, main, markdown_table, read_curves, running_mean
+from toolkit.curves import RunCurves, chosen_metrics, draw_picture, main, markdown_table, read_curves, running_mean
 from toolkit.errors import ConfigError
 
 
@@ -100,3 +100,19 @@ def test_the_command_writes_picture_and_tables(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.split() == [str(output), str(output.with_suffix(".md"))]
     with pytest.raises(ConfigError, match="write METRIC=NUMBER"):
         main([str(first), "--reference", "loss"])
+
+
+def test_a_file_that_is_no_text_and_a_picture_of_no_known_kind(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x80\x02binary\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is no text \(invalid start byte\); is this the metrics of"):
+        read_curves(tmp_path)
+    run = read_curves(write_run(tmp_path / "a", 5))
+    with pytest.raises(ConfigError, match=r"c\.xyz cannot be drawn; end its name with one of \..*\.png"):
+        draw_picture([run], tmp_path / "c.xyz")
+    assert not (tmp_path / "c.xyz").exists()
+
+
+def test_the_penalty_has_its_place_among_the_first() -> None:
+    point = (np.array([1]), np.array([1.0]))
+    run = RunCurves("a", {("train", name): point for name in ("wer", "a", "feature_penalty")})
+    assert run.metrics == ("feature_penalty", "wer", "a")

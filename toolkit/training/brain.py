@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError, ModelError, ToolkitError, TrainingError
+from toolkit.errors import (
+    ConfigError,
+    ModelError,
+    ToolkitError,
+    TrainingError,
+    describe_out_of_memory,
+    is_out_of_memory,
+)
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
-from toolkit.training.limits import Requeue, RunLength, StopSignal, half_way, shortened
+from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
 from toolkit.training.metrics import MetricSums, Number
 from toolkit.training.objective import Objective, Stage, StageResult, on_device
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
@@ -113,6 +120,8 @@ class Brain:
         self._learning_rate = 0.0
         self._recorded: list[tuple[int, dict[str, Any]]] = []
         self._told: set[str] = set()
+        self._first_update = 0
+        self._stop, self._interrupted = StopSignal(), False
         self._begin_update()
 
     @property
@@ -187,6 +196,7 @@ class Brain:
         ------
         TrainingError : too many updates in a row that are not finite.
         Requeue : SIGTERM came; a checkpoint was saved and the process ends with code 75.
+        Interrupted : Ctrl-C came; a checkpoint was saved and the process ends with code 130.
         """
         if self.options.test_only:
             self.say("test_only: no training.")
@@ -201,18 +211,28 @@ class Brain:
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
-        with StopSignal() as stop:
-            if self.update == 0 and valid_loader is not None:
-                # One batch now, so that a mistake in the validation shows in the first minute and not after an epoch.
-                self._run_batches(valid_loader, Stage.VALID, max_steps=1)
-            elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
-                # The last session was told to stop just before this validation.
-                self.saver.save(self._validate(valid_loader, self.epoch))
-            while not length.is_reached(self.update):
-                self._train_epoch(train_loader, valid_loader, stop)
+        self._first_update = self.update
+        with StopSignal(self.world) as stop:
+            self._stop = stop
+            try:
+                if self.update == 0 and valid_loader is not None:
+                    # One batch now, so that a mistake in the validation shows in the first minute, not after an epoch.
+                    self._run_batches(valid_loader, Stage.VALID, max_steps=1)
+                elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
+                    # The last session was told to stop just before this validation.
+                    self.saver.save(self._validate(valid_loader, self.epoch))
+                while not length.is_reached(self.update):
+                    self._train_epoch(train_loader, valid_loader, stop)
+            except _ValidationStopped:
+                self._save_and_requeue()
         self._profiler.close()
         close(train_loader)
         self.loggers.pause()
+        self._stop = StopSignal()
+        if stop.received and self.world.size == 1:
+            # It came after the last look; what follows (the tests) is not to be begun.
+            self.say(f"told to stop: training is complete at update {self.update}; run the same command for the rest.")
+            raise Interrupted if stop.interrupted else Requeue
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""
@@ -240,10 +260,7 @@ class Brain:
         with contextlib.closing(
             timed(train_loader.epoch(epoch, self.progress.epoch_update), self.progress.meter)
         ) as micro_batches:
-            for micro in micro_batches:
-                self._tell_bad_audio(micro)
-                if micro.batch is not None:
-                    self.fit_batch(micro)
+            for micro in self._made_micro_batches(micro_batches):
                 if micro.last:
                     stops, saves = self._finish_update(stop)
                     self._after_update(epoch, valid_loader, stops=stops, saves=saves)
@@ -254,6 +271,22 @@ class Brain:
                     self._begin_update()
                     self._save_and_requeue()
         self.progress.meter.pause()
+
+    def _made_micro_batches(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
+        """Each micro-batch after its forward and backward; an error in them saves the updates before it."""
+        try:
+            for micro in micro_batches:
+                self._tell_bad_audio(micro)
+                if micro.batch is not None:
+                    self.fit_batch(micro)
+                yield micro
+        except Exception as error:
+            # The weights have not changed since the last update. With several ranks the others are in the middle of
+            # theirs, and a checkpoint takes all: nothing is saved then.
+            if self.world.size == 1 and self.update > self._first_update and _is_users(error):
+                self._begin_update()
+                self.saver.save()
+            raise
 
     def _begin_update(self) -> None:
         self._loss_sum: Tensor = torch.zeros((), device=self.device)
@@ -269,9 +302,11 @@ class Brain:
         self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
-        wishes = [float(stop.received), main * self.saver.is_due(self.update + 1), main * self._estimated_total()]
+        wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
+        wishes.append(main * self._estimated_total())
         finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
-        stops, saves, total = finished.values
+        stops, interrupts, saves, total = finished.values
+        self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:
             progress.add(name, amount, count)
         for real, padded in self._amounts:
@@ -304,9 +339,10 @@ class Brain:
         if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
             try:
                 metrics = self._validate(valid_loader, epoch)
-            except ToolkitError:
-                # A bad file among the validation's must not cost what was trained before it.
-                self.saver.save()
+            except Exception as error:
+                # A bad file among the validation's, or a long one, must not cost what was trained before it.
+                if _is_users(error):
+                    self.saver.save()
                 raise
         if ends:
             progress.length.mark_finished()
@@ -396,14 +432,21 @@ class Brain:
         self.modules.eval()
         self.rng = None
         self._recorded = []
-        sums, error = MetricSums(), None
+        sums = MetricSums()
+        error: Exception | None = None
         try:
             self._add_batches(sums, loader, stage, max_steps=max_steps)
-        except ToolkitError as caught:
+        except Exception as caught:
+            if not _is_users(caught):
+                raise
             error = caught
+        finally:
+            # Where not all was read, workers would wait for nothing.
+            close(loader)
         # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
         recorded, errors = [], []
-        for rows, sentence in self.world.gather_objects((self._recorded, None if error is None else str(error))):
+        mine = None if error is None else describe_out_of_memory(error) if is_out_of_memory(error) else str(error)
+        for rows, sentence in self.world.gather_objects((self._recorded, mine)):
             recorded += rows
             errors += [sentence] if sentence else []
         if error is not None or errors:
@@ -423,6 +466,8 @@ class Brain:
             for micro in micro_batches:
                 if max_steps is not None and micro.update >= max_steps:
                     break
+                if stage is Stage.VALID and self._stop.received and self.world.size == 1:
+                    raise _ValidationStopped
                 self._tell_bad_audio(micro)
                 if micro.batch is None:
                     continue
@@ -475,10 +520,19 @@ class Brain:
         self.on_fit_start()
 
     def _save_and_requeue(self) -> None:
+        # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
+        interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
+        checkpointer = self.saver.checkpointer
         self.saver.save()
         self.loggers.pause()
-        self.say(f"told to stop: saved at update {self.update}; run the same command again to go on.")
-        raise Requeue
+        why = "interrupted" if interrupted else "told to stop"
+        if checkpointer is None:
+            self.say(f"{why} at update {self.update}; nothing is saved, as this Brain has no checkpointer.")
+        else:
+            # Whoever sits at the terminal wants to know what Ctrl-C has left, and where.
+            where = f" in {checkpointer.folder}" if interrupted else ""
+            self.say(f"{why}: saved at update {self.update}{where}; run the same command again to go on.")
+        raise Interrupted if interrupted else Requeue
 
     def _to_device(self, batch: Any) -> Any:
         """The batch on the device; copies from pinned memory run beside the computation."""
@@ -506,3 +560,12 @@ class Brain:
         if sentence not in self._told:
             self._told.add(sentence)
             self.say(sentence)
+
+
+class _ValidationStopped(Exception):
+    """A validation was broken off because the run was told to stop; the next session makes up for it."""
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that a user can mend, as against a defect of the program."""
+    return isinstance(error, ToolkitError) or is_out_of_memory(error)

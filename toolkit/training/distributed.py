@@ -44,12 +44,6 @@ class World:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            # An object rather than torch's own barrier: that one guesses a device, and may guess wrong.
-            self.gather_objects(None)
-
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """``value`` of the process ``source``, on every process."""
         if self.size == 1:
@@ -91,10 +85,6 @@ class World:
             names = dict.fromkeys(name for one in every for name in one)
             return {name: _ordered_sum([one.get(name, 0) for one in every]) for name in names}
         return _ordered_sum(self.gather_objects(_host_number(value)))
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return any(self.gather_objects(bool(flag)))
 
     def close(self) -> None:
         """Leave the process group; harmless without one."""

@@ -7,6 +7,7 @@ puts it, or the target is the same everywhere.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from toolkit.errors import ConfigError
 
 EARLY_SHARE = 0.2
 """Part of a short run after which its rules speak, however many updates they would wait in a long one."""
+
+PERFECT = 0.9999
+"""From here on an accuracy counts as 1."""
 
 
 class Rule(Protocol):
@@ -179,7 +183,137 @@ class GradNormRange:
             if value < self.low
             else "the run may be about to diverge; lower the learning rate or set max_grad_norm"
         )
-        return f"grad_norm is {value:.3g}, outside {self.low:g} to {self.high:g} for {self._rows} rows: {advice}."
+        where = f"outside {self.low:g} to {self.high:g}" if math.isfinite(self.high) else f"below {self.low:g}"
+        return f"grad_norm is {value:.3g}, {where} for {self._rows} rows: {advice}."
+
+
+class GradNormJump:
+    """The norm of the gradient is far above what this run has had so far.
+
+    What is usual differs from task to task (a CTC loss is a sum over an utterance, and norms of hundreds are healthy
+    then), so the run is compared with itself.
+
+    Arguments
+    ---------
+    factor : how many times the median of all rows so far is too much.
+    patience : rows in a row.
+    after_rows : rows to compare with, at least.
+
+    Example
+    -------
+    >>> rule = GradNormJump(patience=1, after_rows=3)
+    >>> norms = (700.0, 650.0, 720.0, 9000.0)
+    >>> [rule.look({"update": 50 * place, "grad_norm": norm}) is not None for place, norm in enumerate(norms)]
+    [False, False, False, True]
+    """
+
+    def __init__(self, *, factor: float = 10.0, patience: int = 5, after_rows: int = 20) -> None:
+        if factor <= 1 or after_rows < 1:
+            raise ConfigError(
+                f"GradNormJump has factor {factor} and after_rows {after_rows}, expected a factor above 1 and at "
+                "least 1 row."
+            )
+        self.factor, self.patience, self.after_rows = factor, patience, after_rows
+        self._sorted: list[float] = []
+        self._rows = 0
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get("grad_norm")
+        if not _is_number(value):
+            return None
+        usual = self._sorted[len(self._sorted) // 2] if self._sorted else value
+        is_jump = len(self._sorted) >= self.after_rows and value > self.factor * usual
+        self._rows = self._rows + 1 if is_jump else 0
+        # High rows too: where a higher norm is here to stay (layers thawed, say), it becomes the usual one.
+        bisect.insort(self._sorted, value)
+        if self._rows < self.patience or not is_jump:
+            return None
+        return (
+            f"grad_norm is {value:.3g}, more than {self.factor:g} times its median so far ({usual:.3g}) for "
+            f"{self._rows} rows: the run may be about to diverge; lower the learning rate or max_grad_norm."
+        )
+
+
+class UndecidedQuantizer:
+    """The quantizer takes all entries alike for every frame: its mean softmax is even, and stays so.
+
+    Arguments
+    ---------
+    num_codes : entries of each code book.
+    num_groups : code books; ``num_groups * num_codes`` is the perplexity at its highest.
+    key : name of the perplexity of the mean softmax.
+    share : from this part of the highest value on it counts as highest.
+    patience : rows in a row.
+    after_update : not before; an even softmax is where training begins.
+
+    Example
+    -------
+    >>> rule = UndecidedQuantizer(num_codes=320, patience=1, after_update=0)
+    >>> rule.look({"update": 900, "prob_perplexity": 639.9})[:51]
+    'prob_perplexity is 640, and 640 is its highest, for'
+    """
+
+    def __init__(
+        self,
+        *,
+        num_codes: int = 320,
+        num_groups: int = 2,
+        key: str = "prob_perplexity",
+        share: float = 0.999,
+        patience: int = 10,
+        after_update: int = 1000,
+    ) -> None:
+        self.highest, self.key, self.share = num_groups * num_codes, key, share
+        self.patience, self.after_update = patience, after_update
+        self._rows = 0
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get(self.key)
+        if not _is_number(value) or _is_early(row, self.after_update):
+            return None
+        self._rows = self._rows + 1 if value >= self.share * self.highest else 0
+        if self._rows < self.patience:
+            return None
+        return (
+            f"{self.key} is {value:.3g}, and {self.highest} is its highest, for {self._rows} rows: the quantizer "
+            "decides nothing; raise the learning rate, or check that the audio is not silence."
+        )
+
+
+class PerfectAccuracy:
+    """Every masked frame is told from its negatives: the targets are equal, and so there is nothing to tell.
+
+    Arguments
+    ---------
+    key : name of the accuracy (0 to 1).
+    patience : rows in a row.
+    after_update : not before.
+
+    Example
+    -------
+    >>> rule = PerfectAccuracy(patience=2, after_update=0)
+    >>> [rule.look({"update": update, "accuracy": 1.0}) is not None for update in (1, 2)]
+    [False, True]
+    """
+
+    def __init__(self, *, key: str = "accuracy", patience: int = 3, after_update: int = 0) -> None:
+        self.key, self.patience, self.after_update = key, patience, after_update
+        self._rows = 0
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        value = row.get(self.key)
+        if not _is_number(value) or _is_early(row, self.after_update):
+            return None
+        self._rows = self._rows + 1 if value >= PERFECT else 0
+        if self._rows < self.patience:
+            return None
+        return (
+            f"{self.key} is {value:.6g} for {self._rows} rows: all targets are equal (collapse), so that any answer "
+            "is right; start again with a lower rate, a longer warm-up or a larger effective batch."
+        )
 
 
 class HealthMonitor:
@@ -187,7 +321,7 @@ class HealthMonitor:
 
     Arguments
     ---------
-    rules : what to look for; None = a repeated loss and the gradient's norm.
+    rules : what to look for; None = a repeated loss, and a gradient that dies away or grows far above the usual.
     repeat_rows : a rule that keeps warning is heard again after so many rows.
 
     Example
@@ -198,7 +332,8 @@ class HealthMonitor:
     """
 
     def __init__(self, rules: Sequence[Rule] | None = None, *, repeat_rows: int = 50) -> None:
-        self.rules: tuple[Rule, ...] = (RepeatedValue(), GradNormRange()) if rules is None else tuple(rules)
+        usual = (RepeatedValue(), GradNormRange(high=math.inf), GradNormJump())
+        self.rules: tuple[Rule, ...] = usual if rules is None else tuple(rules)
         self.repeat_rows = repeat_rows
         self.warnings = 0
         self._quiet = [0] * len(self.rules)
@@ -216,26 +351,30 @@ class HealthMonitor:
         return sentences
 
 
-def pretraining_health(*, num_groups: int = 2, num_candidates: int = 101, after_update: int = 1000) -> HealthMonitor:
-    """The monitor for wav2vec 2.0 pretraining: rows hold ``contrastive``, both perplexities, ``grad_norm``.
+def pretraining_health(
+    *, num_groups: int = 2, num_codes: int = 320, num_candidates: int = 101, after_update: int = 1000
+) -> HealthMonitor:
+    """The monitor for wav2vec 2.0 pretraining: rows hold ``contrastive``, ``accuracy``, both perplexities, the norm.
 
     Arguments
     ---------
-    num_groups : code books.
+    num_groups, num_codes : code books, and entries of each.
     num_candidates : targets to choose from, the true one included.
     after_update : the warm-up, in which nothing is said about perplexity and loss.
 
     Example
     -------
     >>> len(pretraining_health().rules)
-    5
+    7
     """
     perplexities = [
         LowPerplexity(key=key, num_groups=num_groups, after_update=after_update)
         for key in ("code_perplexity", "prob_perplexity")
     ]
     stuck = StuckAtChance(num_candidates=num_candidates, after_update=after_update)
-    return HealthMonitor([*perplexities, stuck, RepeatedValue(), GradNormRange(after_update=after_update)])
+    undecided = UndecidedQuantizer(num_codes=num_codes, num_groups=num_groups, after_update=after_update)
+    norm = GradNormRange(after_update=after_update)
+    return HealthMonitor([*perplexities, undecided, stuck, PerfectAccuracy(), RepeatedValue(), norm])
 
 
 def _is_early(row: Mapping[str, Any], after_update: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import io
+import math
 import os
 import re
 import typing
@@ -25,7 +26,7 @@ from toolkit.errors import ConfigError, ToolkitError
 from toolkit.training.folders import write_atomic
 from toolkit.training.options import RETIRED, coerce_option, option_types, options_help
 from toolkit.training.presets import NO_PRESET, PRESET, follow_presets
-from toolkit.training.values import WrongType, coerce, did_you_mean
+from toolkit.training.values import CommandLineText, WrongType, coerce, did_you_mean, parse_value
 from toolkit.training.yaml_tree import (
     CALL_TAGS,
     Callee,
@@ -58,6 +59,9 @@ MINOR_KEYS = frozenset(
     "distributed_backend distributed_timeout_minutes max_bad_share skip_prep test_splits valid_splits".split()
 )
 """Keys that may differ between two parts of one run without making it another run."""
+
+COUNT = re.compile(r"^num_|(^|_)(seed|updates|layers|length|interval|size)$")
+"""Names of keys that count something."""
 
 OUTPUT_NAME = "hyperparams.yaml"
 COPY_MARK = "# Resolved copy of "
@@ -171,6 +175,7 @@ def plan_hparams(
         )
     check_references(tree)
     resolved = parse_tree(_resolve(tree), tree.path)
+    _check_finite(tree, resolved)
     _check_calls(tree, resolved)
     return HparamsPlan(Path(path), dump(resolved.root), _plain_values(resolved), tree)
 
@@ -223,11 +228,6 @@ def construct(
         name = getattr(source, "__name__", str(source))
         words = _constructor_words(error)
         raise ConfigError(f"{' and '.join(parts)}: no {name} with these settings: {words}.") from error
-
-
-def save_resolved(plan: HparamsPlan, folder: Path | str) -> Path:
-    """`HparamsPlan.save` as a function."""
-    return plan.save(folder)
 
 
 def help_text(path: Path | str | None) -> str:
@@ -298,13 +298,32 @@ def _apply(tree: YamlTree, overrides: Mapping[str, Any]) -> None:
                     + did_you_mean(name, [key for key in names if not key.startswith("__")], prefix="--")
                 )
             else:
-                set_key(tree, name if name in tree.root or "." in name else name.replace("-", "_"), value)
+                name = name if name in tree.root or "." in name else name.replace("-", "_")
+                set_key(tree, name, _whole_where_counted(tree, name, value))
         except ConfigError as error:
             problems.append(str(error))
     if len(problems) > 1:
         raise ConfigError(f"{len(problems)} values cannot be set:" + "".join(f"\n  {text}" for text in problems))
     if problems:
         raise ConfigError(problems[0])
+
+
+def _whole_where_counted(tree: YamlTree, name: str, value: Any) -> Any:
+    """``value``, as a whole number where the key counts something and the YAML has a whole number there.
+
+    Elsewhere a whole number of the YAML may be replaced by a broken one: seconds and rates are often written whole.
+    Keys inside of others are checked by the types of what takes them (`construct`, `_check_calls`).
+    """
+    number = parse_value(value) if isinstance(value, CommandLineText) and value else value
+    default = tree.root.get(name)
+    if not isinstance(number, float) or not COUNT.search(name):
+        return value
+    if not isinstance(default, int) or isinstance(default, bool):
+        return value
+    try:
+        return coerce(number, int)
+    except WrongType as error:
+        raise ConfigError(f"--{name} {error} ({tree.where((name,))}).") from error
 
 
 class _NamedText(io.StringIO):
@@ -323,6 +342,19 @@ def _resolve(tree: YamlTree) -> str:
         raise ConfigError(f"{tree.path}: a reference or an included file cannot be resolved: {error}.") from error
     except ruamel.yaml.error.YAMLError as error:
         raise ConfigError(f"{tree.path}: an included file is no YAML: {str(error).splitlines()[0]}.") from error
+
+
+def _check_finite(tree: YamlTree, resolved: YamlTree) -> None:
+    """No number is infinite or none at all (also not by a reference's arithmetic): nothing can be trained with it."""
+    for keys, node in walk(resolved.root):
+        value = node if isinstance(node, float) and not math.isfinite(node) else None
+        text = getattr(node, "value", node)
+        if isinstance(text, str):
+            # A tuple stands there as text.
+            item = re.fullmatch(r"\((?:.*,)?\s*([-+]?(?:nan|inf))\s*(?:,.*)?\)", text)
+            value = item and item[1]
+        if value is not None:
+            raise ConfigError(f"{tree.where(keys)} must be a finite number, but is {value}; write another value.")
 
 
 def _check_calls(tree: YamlTree, resolved: YamlTree) -> None:

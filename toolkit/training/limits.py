@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -11,11 +12,17 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-from toolkit.errors import ConfigError
+from toolkit.errors import INTERRUPTED, ConfigError
+from toolkit.training.distributed import World
 from toolkit.training.options import RunOptions
 
 REQUEUE = 75
 """Exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL: try again)."""
+
+ECHO_SECONDS = 2.0
+"""A launcher passes Ctrl-C on to processes that have had it from the terminal; so soon after, it is the same one."""
+
+FIRST_INTERRUPT = "\ninterrupted: saving at the end of this update; Ctrl-C again ends at once, without saving.\n"
 
 UNKNOWN = 10**9
 """Total of a run limited by time only, before its first update."""
@@ -26,6 +33,13 @@ class Requeue(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(REQUEUE)
+
+
+class Interrupted(SystemExit):
+    """Ends the process with code 130 after Ctrl-C and a checkpoint; the same command goes on from there."""
+
+    def __init__(self) -> None:
+        super().__init__(INTERRUPTED)
 
 
 class RunLength:
@@ -127,22 +141,36 @@ class RunLength:
 
 
 class StopSignal:
-    """Notices SIGTERM while it is open; ``received`` then is True, and the run saves and ends at the next update."""
+    """Notices SIGTERM and the first Ctrl-C while it is open: the run then saves and ends at the next update.
 
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: Any = None
+    ``received`` is True after either, ``interrupted`` after Ctrl-C; a second Ctrl-C ends at once (KeyboardInterrupt).
+
+    Arguments
+    ---------
+    world : the ranks; the main process says what the first Ctrl-C does.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self.received = self.interrupted = False
+        self._world = world or World()
+        self._previous: dict[int, Any] = {}
         self._owner = os.getpid()
+        self._first = 0.0
 
     def __enter__(self) -> StopSignal:
         # Only a main thread may install handlers; elsewhere the caller's own handling stands.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+            # A shell starts jobs of the background with Ctrl-C ignored; that is not for us to change.
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._notice_interrupt)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous.items():
+            if previous is not None:
+                signal.signal(number, previous)
+        self._previous.clear()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -150,6 +178,21 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = True
+
+    def _notice_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            # The terminal tells the workers too; they are needed until the update is complete.
+            return
+        now = time.monotonic()
+        if not self.interrupted:
+            self.received = self.interrupted = True
+            self._first = now
+            if self._world.is_main:
+                # Not print: the signal may have come in the middle of one.
+                with contextlib.suppress(OSError):
+                    os.write(2, FIRST_INTERRUPT.encode())
+        elif self._world.size == 1 or now - self._first > ECHO_SECONDS:
+            raise KeyboardInterrupt
 
 
 def shortened(options: RunOptions) -> RunOptions:

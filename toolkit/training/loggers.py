@@ -67,11 +67,12 @@ class JsonLinesLogger:
         """Sentences go elsewhere."""
 
     def rewind(self, update: int) -> None:
-        """Drop the rows behind ``update``, and a last line that a kill cut short."""
+        """Drop the rows behind ``update``, and what is no row: a last line that a kill cut short, damaged lines."""
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # Whatever a crash of the machine left in the file: bytes that are no text make a line that is no row.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             row = _row_of(line)
             if row is not None and row["update"] <= update:
                 kept.append(line)
@@ -290,6 +291,7 @@ def _json_value(value: Any) -> Any:
 def _row_of(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "update" in row and line.endswith("\n") else None
+    is_row = isinstance(row, dict) and isinstance(row.get("update"), int)
+    return row if is_row and line.endswith("\n") else None

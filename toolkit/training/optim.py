@@ -122,7 +122,7 @@ def build_optimizer(
         described.append({"params": members[-1], "name": "rest", "lr_factor": 1.0, "freeze_updates": 0})
     try:
         optimizer = _fused_where_possible(opt_class)(described)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         name = getattr(getattr(opt_class, "func", opt_class), "__name__", str(opt_class))
         raise ConfigError(f"opt_class: {name} cannot be made with these settings ({error}); correct them.") from error
     for entry in optimizer.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,9 +131,12 @@ def option_types() -> dict[str, Any]:
 def coerce_option(name: str, value: Any, *, where: str | None = None) -> Any:
     """``value`` typed as the option ``name`` asks, or a ConfigError that names it (and ``where`` it was given)."""
     try:
-        return coerce(value, option_types()[name])
+        typed = coerce(value, option_types()[name])
     except WrongType as error:
         raise ConfigError(f"{where or '--' + name} {error}.") from error
+    if isinstance(typed, float) and not math.isfinite(typed):
+        raise ConfigError(f"{where or '--' + name} must be a finite number, but is {typed}; write another value.")
+    return typed
 
 
 def options_help() -> list[tuple[str, Any, str]]:

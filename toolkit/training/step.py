@@ -149,7 +149,7 @@ def share_weights(world: World, modules: nn.Module) -> None:
         with torch.no_grad():
             tensors = [value for value in modules.state_dict().values() if isinstance(value, Tensor)]
             for tensor in tensors:
-                # Zeros elsewhere make the sum a copy.
+                # Zeros elsewhere make the sum a copy; right before it, so that a weight of two names stays what it is.
                 if not world.is_main:
                     tensor.zero_()
-            world.all_reduce_sum(tensors)
+                world.all_reduce_sum(tensor)

@@ -2,16 +2,19 @@
 
 import functools
 import math
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 
 from toolkit.data.loader import MicroBatch
-from toolkit.errors import ConfigError, ModelError, TrainingError
+from toolkit.errors import AudioError, ConfigError, ModelError, TrainingError
 from toolkit.training.brain import Brain, Objective, RunContext, Stage
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.distributed import World
+from toolkit.training.limits import Interrupted
 from toolkit.training.loggers import Loggers
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer
 from toolkit.training.step import UpdateStep
@@ -413,3 +416,166 @@ def _rising_sgd(parameters, fused=False):
 def test_a_run_without_an_end_is_refused():
     with pytest.raises(ConfigError, match="neither max_updates nor max_minutes is set; give one, so that"):
         make(max_updates=None).fit(ListLoader([pairs(0, 4)]))
+
+
+# ---- what ends a run must not cost what was trained ------------------------------------------------------------------
+
+
+class ClosableLoader(ListLoader):
+    """Counts how often its workers were ended; gives up before one of its updates, where one is named."""
+
+    def __init__(self, *updates, error=None, at=None):
+        super().__init__(*updates)
+        self.error, self.at, self.closed = error, at, 0
+
+    def epoch(self, epoch, first_update=0):
+        for micro in super().epoch(epoch, first_update):
+            if self.error is not None and micro.update == self.at:
+                raise self.error
+            yield micro
+
+    def close(self):
+        self.closed += 1
+
+
+def saved_updates(folder):
+    return [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
+
+
+def interrupting(*, update, stage=Stage.TRAIN, times=1, number=signal.SIGINT):
+    """A Regression that sends itself signals in the forward pass of an update, or of a validation after it."""
+
+    class Interrupting(Regression):
+        def compute_forward(self, batch, now):
+            if self.update == update and now is stage:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+            return super().compute_forward(batch, now)
+
+    return Interrupting
+
+
+def test_the_first_interrupt_saves_after_the_update_and_the_second_ends_at_once(tmp_path, capfd):
+    loader = ListLoader(*[[pairs(0, 4)]] * 5)
+    before = signal.getsignal(signal.SIGINT)
+    memory = Memory()
+    brain = make(interrupting(update=2), memory=memory, checkpointer=Checkpointer(tmp_path), max_updates=5)
+    with pytest.raises(Interrupted) as caught:
+        brain.fit(loader)
+    assert caught.value.code == 130 and saved_updates(tmp_path) == [3] and brain.update == 3
+    told = f"interrupted: saved at update 3 in {tmp_path}; run the same command again to go on."
+    assert memory.sentences[-1] == told
+    assert "interrupted: saving at the end of this update; Ctrl-C again ends at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    brain = make(interrupting(update=4, times=2), checkpointer=Checkpointer(tmp_path), max_updates=5)
+    with pytest.raises(KeyboardInterrupt):
+        brain.fit(loader)
+    assert saved_updates(tmp_path) == [3] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_brain_without_checkpointer_promises_nothing():
+    memory = Memory()
+    with pytest.raises(Interrupted):
+        make(interrupting(update=1), memory=memory, max_updates=5).fit(ListLoader([pairs(0, 4)]))
+    assert memory.sentences[-1] == "interrupted at update 2; nothing is saved, as this Brain has no checkpointer."
+
+
+def test_an_interrupt_at_the_very_end_begins_no_tests(tmp_path):
+    class Late(Regression):
+        def on_stage_end(self, stage, metrics, epoch):
+            if stage is Stage.VALID and not told:
+                told.append(self.update)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    told: list[int] = []
+    brain = make(Late, checkpointer=Checkpointer(tmp_path))
+    with pytest.raises(Interrupted):
+        brain.fit(ListLoader(*[[pairs(0, 4)]] * 3), ListLoader([pairs(8, 10)]))
+    assert saved_updates(tmp_path) == [3]
+    # Whoever goes on all the same is not stopped by what was said to the training.
+    assert brain.evaluate(ListLoader([pairs(8, 10)]), stage=Stage.VALID).metrics["loss"] > 0
+
+
+def test_an_interrupt_that_the_shell_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        brain = make(interrupting(update=1), checkpointer=Checkpointer(tmp_path))
+        brain.fit(ListLoader([pairs(0, 4)]))
+        assert brain.update == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("update", [2, 4])
+def test_a_stop_breaks_a_validation_off_and_the_next_session_makes_up_for_it(tmp_path, number, update):
+    train = ListLoader(*[[pairs(0, 4)]] * 4)
+
+    def run(kind):
+        memory = Memory()
+        valid = ClosableLoader([pairs(8, 10)], [pairs(10, 12)])
+        brain = make(
+            kind, memory=memory, checkpointer=Checkpointer(tmp_path), max_updates=4, valid_interval_updates=2
+        )
+        brain.fit(train, valid)
+        return brain, [row for row in memory.rows if row["stage"] == "valid"]
+
+    with pytest.raises(SystemExit) as caught:
+        run(interrupting(update=update, stage=Stage.VALID, number=number))
+    assert caught.value.code == (130 if number == signal.SIGINT else 75)
+    assert saved_updates(tmp_path)[-1] == update
+    brain, rows = run(Regression)
+    assert brain.update == 4 and [row["update"] for row in rows] == list(range(update, 5, 2))
+
+
+@pytest.mark.parametrize(
+    "error", [AudioError("too much bad audio"), TrainingError("a loader worker was killed"), MemoryError("no more")]
+)
+def test_an_error_of_the_training_data_saves_the_updates_before_it(tmp_path, error):
+    loader = ClosableLoader(*[[pairs(0, 4), pairs(4, 6)]] * 5, error=error, at=2)
+    brain = make(checkpointer=Checkpointer(tmp_path), max_updates=5)
+    with pytest.raises(type(error), match=str(error)):
+        brain.fit(loader)
+    assert saved_updates(tmp_path) == [2]
+    loader.error = None
+    resumed = make(checkpointer=Checkpointer(tmp_path), max_updates=5)
+    resumed.fit(loader)
+    whole = make(max_updates=5)
+    whole.fit(loader)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def test_an_error_before_the_first_update_or_of_the_program_saves_nothing(tmp_path):
+    loader = ClosableLoader([pairs(0, 4)], error=AudioError("too much"), at=0)
+    with pytest.raises(AudioError):
+        make(checkpointer=Checkpointer(tmp_path)).fit(loader)
+    loader = ClosableLoader(*[[pairs(0, 4)]] * 3, error=KeyError("a defect"), at=1)
+    with pytest.raises(KeyError):
+        make(checkpointer=Checkpointer(tmp_path)).fit(loader)
+    assert saved_updates(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.VALID])
+def test_memory_that_runs_out_does_not_cost_what_was_trained(tmp_path, stage):
+    class Large(Regression):
+        def compute_forward(self, batch, now):
+            if now is stage and self.update == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_forward(batch, now)
+
+    # In training nothing else is due then that would save.
+    interval = 2 if stage is Stage.VALID else 100
+    brain = make(Large, checkpointer=Checkpointer(tmp_path), valid_interval_updates=interval)
+    with pytest.raises(torch.OutOfMemoryError):
+        brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(8, 10)]))
+    assert saved_updates(tmp_path) == [2]
+
+
+def test_workers_of_the_first_look_at_the_validation_are_ended():
+    class Watched(Regression):
+        def on_stage_start(self, stage, epoch):
+            closed.append(valid.closed)
+
+    closed, valid = [], ClosableLoader([pairs(8, 10)], [pairs(10, 12)])
+    make(Watched, max_updates=1).fit(ListLoader([pairs(0, 4)]), valid)
+    assert closed[0] == 1, "idle workers would stay until the first validation"

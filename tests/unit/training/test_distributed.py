@@ -49,12 +49,11 @@ def test_one_process_needs_no_group():
     tensor = torch.ones(2)
     assert world.all_reduce_sum(tensor) is tensor and world.all_reduce_sum([tensor]) == [tensor]
     assert world.all_reduce_sum({"a": 1, "b": torch.tensor(2.5)}) == {"a": 1, "b": 2.5}
-    assert world.broadcast_object("x") == "x" and world.gather_objects(3) == [3] and not world.any(False)
+    assert world.broadcast_object("x") == "x" and world.gather_objects(3) == [3]
     assert run_on_main(world, max, 2, 3) == 3
     parameter = torch.nn.Parameter(torch.ones(2))
     reduce_gradients(world, [parameter])
     assert parameter.grad is None
-    world.barrier()
     world.close()
 
 
@@ -72,11 +71,10 @@ checks = dict(
     objects=world.gather_objects({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}],
     sent=world.broadcast_object(f"from {world.rank}") == "from 0",
     other=world.broadcast_object(f"from {world.rank}", source=1) == "from 1",
-    any=world.any(world.rank == 1) and not world.any(False),
     main=run_on_main(world, lambda: world.rank) == 0,
     backend=world.backend == "gloo" and world.size == 2,
 )
-world.barrier()
+world.gather_objects(None)
 print("bad", world.rank, [name for name, good in checks.items() if not good], flush=True)
 world.close()
 """,
@@ -160,13 +158,30 @@ world.close()
     assert "second 0 FileNotFoundError" in output and "second 1 ToolkitError" in output
 
 
+def test_weights_of_two_names_come_to_all_as_they_are(tmp_path):
+    output = torchrun(
+        tmp_path,
+        """
+from toolkit.training.step import share_weights
+model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "out": nn.Linear(2, 3)})
+model["out"].weight = model["embedding"].weight
+nn.init.constant_(model["out"].weight, 3.0 + world.rank)
+nn.init.constant_(model["out"].bias, 5.0 + world.rank)
+share_weights(world, model)
+print("shared", world.rank, [sorted(set(p.flatten().tolist())) for p in model.parameters()], flush=True)
+world.close()
+""",
+    )
+    assert "shared 0 [[3.0], [5.0]]" in output and "shared 1 [[3.0], [5.0]]" in output
+
+
 def test_a_process_that_ends_is_told_in_words(tmp_path):
     output = torchrun(
         tmp_path,
         """
 if world.rank == 1:
     sys.exit(0)
-sys.exit(run_main(lambda argv: world.barrier(), []))
+sys.exit(run_main(lambda argv: world.gather_objects(None), []))
 """,
         timeout=0.1,
         good=False,
@@ -187,10 +202,10 @@ nn.init.zeros_(model.weight)
 state = checkpointer.resume()
 print("state", world.rank, state, model.weight.sum().item(), path.name, flush=True)
 import shutil, pathlib
-world.barrier()
+world.gather_objects(None)
 if world.is_main:
     shutil.rmtree({str(tmp_path / "save")!r}); pathlib.Path({str(tmp_path / "save")!r}).write_text("a file")
-world.barrier()
+world.gather_objects(None)
 try:
     checkpointer.save(4)
 except CheckpointError as error:

@@ -6,11 +6,14 @@ import pytest
 
 from toolkit.errors import ConfigError
 from toolkit.training.health import (
+    GradNormJump,
     GradNormRange,
     HealthMonitor,
     LowPerplexity,
+    PerfectAccuracy,
     RepeatedValue,
     StuckAtChance,
+    UndecidedQuantizer,
     pretraining_health,
 )
 
@@ -71,6 +74,47 @@ def test_a_healthy_pretraining_hears_nothing_and_a_collapsed_one_everything():
     assert {word.split()[0] for word in words} == {"code_perplexity", "prob_perplexity", "loss", "grad_norm"}
 
 
+def test_norms_of_hundreds_are_healthy_where_the_run_has_always_had_them():
+    # A CTC loss is a sum over the utterance: the norm before clipping begins at thousands and stays at hundreds.
+    monitor = HealthMonitor()
+    losses = [20.0 - update / 10 for update in range(100)]
+    healthy = [
+        {"update": 20 * place, "loss": loss, "grad_norm": 3000.0 / (1 + place) + 700 + 45 * (place % 7)}
+        for place, loss in enumerate(losses)
+    ]
+    assert not [sentence for row in healthy for sentence in monitor.check(row)]
+    diverging = [{"update": 2000 + 20 * place, "loss": 9.0 + place, "grad_norm": 2e4} for place in range(5)]
+    (word,) = [sentence for row in diverging for sentence in monitor.check(row)]
+    assert word.startswith("grad_norm is 2e+04, more than 10 times its median so far (") and "for 5 rows" in word
+    dead = [{"update": 4000 + place, "loss": 9.0 - place, "grad_norm": 1e-9} for place in range(5)]
+    (word,) = [sentence for row in dead for sentence in monitor.check(row)]
+    assert word.startswith("grad_norm is 1e-09, below 0.001 for 5 rows: the gradient has died away")
+
+
+def test_a_norm_that_stays_higher_becomes_the_usual_one():
+    rule = GradNormJump(patience=2, after_rows=3)
+    norms = [1.0] * 3 + [50.0] * 10
+    assert [bool(said(rule, rows(1, grad_norm=norm))) for norm in norms] == [False] * 4 + [True] * 2 + [False] * 7
+
+
+def test_a_quantizer_that_decides_nothing():
+    words = said(UndecidedQuantizer(num_codes=64), rows(11, prob_perplexity=127.99))
+    assert len(words) == 2 and "128 is its highest, for 10 rows: the quantizer decides nothing" in words[0]
+    assert not said(UndecidedQuantizer(num_codes=64), rows(20, prob_perplexity=120.0))
+    assert not said(UndecidedQuantizer(num_codes=64), rows(15, first=0, prob_perplexity=128.0))
+    row = rows(1, prob_perplexity=96.0)[0]
+    monitor = pretraining_health(num_groups=3, num_codes=32)
+    assert [len(monitor.check(row)) for _ in range(10)] == [0] * 9 + [1]
+
+
+def test_targets_that_are_all_equal():
+    words = said(PerfectAccuracy(), rows(3, first=40, accuracy=1.0))
+    assert len(words) == 1 and words[0].startswith("accuracy is 1 for 3 rows: all targets are equal (collapse)")
+    assert not said(PerfectAccuracy(), rows(9, accuracy=0.98))
+    monitor = pretraining_health()
+    assert sum(len(monitor.check(row)) for row in rows(3, accuracy=1.0)) == 1
+
+
 def test_a_short_run_is_warned_after_its_first_fifth():
     collapsed = {"code_perplexity": 2.0, "prob_perplexity": 2.0, "total_updates": 500}
     monitor = pretraining_health()
@@ -91,5 +135,7 @@ def test_rows_without_the_values_are_passed_over():
 def test_wrong_ranges_are_refused():
     with pytest.raises(ConfigError, match="low 2 and high 1, expected 0 <= low < high"):
         GradNormRange(low=2, high=1)
+    with pytest.raises(ConfigError, match="factor 1 and after_rows 20, expected a factor above 1"):
+        GradNormJump(factor=1)
     with pytest.raises(ConfigError, match="patience of RepeatedValue is 1, expected 2 or more"):
         RepeatedValue(patience=1)

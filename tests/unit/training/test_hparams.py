@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from toolkit.errors import ConfigError, ModelError
-from toolkit.training.hparams import help_text, load_hparams, plan_hparams, save_resolved
+from toolkit.training.hparams import help_text, load_hparams, plan_hparams
 from toolkit.training.options import RunOptions
 from toolkit.training.values import CommandLineText
 
@@ -153,8 +153,11 @@ def test_all_placeholders_at_once_with_their_comments(tmp_path):
         ("layer.out_features", "2.5", "--layer.out_features must be a whole number, but is 2.5 (FILE, line 20, key "
          "'layer.out_features')."),
         ("layer.bias", "3", "--layer.bias must be True or False, but is 3 (FILE, line 17, key 'layer.bias')."),
-        ("num_layers", "1.3", "FILE, line 19, key 'layer.in_features' must be a whole number, but is 2.6 "
-         "(!new:torch.nn.Linear)."),
+        ("num_layers", "1.3", "--num_layers must be a whole number, but is 1.3 (FILE, line 14, key 'num_layers')."),
+        ("lr", ".inf", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
+        ("lr", "1e999", "FILE, line 13, key 'lr' must be a finite number, but is inf; write another value."),
+        ("opt_class.betas", "[.nan, 0.9]", "FILE, line 21, key 'opt_class.betas' must be a finite number, but is "
+         "nan; write another value."),
         ("grad_accumulation_factor", "2", "--grad_accumulation_factor does not exist here: accumulation follows from "
          "--effective_batch and --batch_seconds."),
     ],
@@ -276,10 +279,26 @@ def test_whole_numbers_written_as_floats(tmp_path):
     assert load_hparams(path)["x"].in_features == 100
 
 
+def test_what_counts_stays_whole_and_the_rest_may_be_broken(tmp_path):
+    path = write(tmp_path, "freeze_updates: 0\ncrop_seconds: 20\nlr: 1\n")
+    words = sentence(path, {"freeze_updates": CommandLineText("1.5")})
+    assert words == "--freeze_updates must be a whole number, but is 1.5 (FILE, line 1, key 'freeze_updates')."
+    given = {"freeze_updates": "1e3", "crop_seconds": "1.5", "lr": "0.5"}
+    values = load_hparams(path, {name: CommandLineText(text) for name, text in given.items()})
+    assert values == {"freeze_updates": 1000, "crop_seconds": 1.5, "lr": 0.5}
+    assert isinstance(values["freeze_updates"], int)
+
+
+def test_numbers_of_the_yaml_itself_are_finite(tmp_path):
+    path = write(tmp_path, "lr: 1.0\nschedule:\n  warmup: .nan\n")
+    words = sentence(path)
+    assert words == "FILE, line 3, key 'schedule.warmup' must be a finite number, but is nan; write another value."
+
+
 def test_the_resolved_copy_loads_again_and_gives_the_same(tmp_path):
     path = write(tmp_path, RECIPE)
     plan = plan_hparams(path, typed(lr="1e-3", layer__bias="False", opt_class__betas="(0.8, 0.9)"))
-    saved = save_resolved(plan, tmp_path / "run")
+    saved = plan.save(tmp_path / "run")
     again = plan_hparams(saved)
     assert saved.name == "hyperparams.yaml"
     assert again.values == plan.values and again.settings() == plan.settings()

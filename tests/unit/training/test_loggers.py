@@ -24,6 +24,14 @@ def test_rows_are_plain_json_and_go_back_with_a_resume(tmp_path):
     assert logger.path.read_text().count("\n") == 3
 
 
+def test_damaged_lines_are_dropped_with_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"stage": "train", "update": 10, "loss": 1.0}\n'
+    path.write_bytes(b"\xff\xfe\x00 no text\n" + good + b'{"update": "ten"}\n[1]\n{"update": null}\n')
+    JsonLinesLogger(path).rewind(20)
+    assert path.read_bytes() == good
+
+
 def test_without_a_terminal_the_console_writes_lines():
     stream = io.StringIO()
     console = Console(stream=stream)

@@ -97,3 +97,9 @@ def test_the_loss_scale_doubles_after_its_window_and_comes_back_from_a_state():
     lowest.advance(torch.tensor(1.0))
     lowest.advance(torch.tensor(1.0))
     assert float(lowest.value) == 0.5 and bool(lowest.exhausted())
+
+
+def test_settings_that_an_optimizer_stumbles_over_are_one_sentence():
+    for settings in ({"betas": [0.9]}, {"lr": -1.0}, {"momentum": 0.9}):
+        with pytest.raises(ConfigError, match="opt_class: AdamW cannot be made with these settings"):
+            build_optimizer(modules(), functools.partial(torch.optim.AdamW, **settings))

@@ -62,6 +62,8 @@ def test_help_is_asked_for():
         (["-lr", "3"], "the command line has '-lr', but names begin with two dashes: --key value."),
         (["--=3"], "the command line has '--=3', where a name is missing: write --key value."),
         (["--max_updates", "many"], "--max_updates must be a whole number or null, but is the text 'many'."),
+        (["--max_minutes", ".inf"], "--max_minutes must be a finite number, but is inf; write another value."),
+        (["--max_grad_norm", ".nan"], "--max_grad_norm must be a finite number, but is nan; write another value."),
         (["--max_updates", "2.5"], "--max_updates must be a whole number or null, but is 2.5."),
         (["--precision", "fp8"], "--precision must be one of auto, fp32, bf16, fp16, but is the text 'fp8'."),
         (["--debug=yes"], "--debug must be True or False, but is the text 'yes' (write True or False)."),
@@ -90,7 +92,7 @@ def test_command_line_wins_over_yaml_over_default():
     [
         ({"max_grad_norm": 0}, "--max_grad_norm must be above 0, but is 0.0; write null to switch it off."),
         ({"max_grad_norm": -1}, "--max_grad_norm must be above 0, but is -1.0; write null to switch it off."),
-        ({"max_grad_norm": float("nan")}, "--max_grad_norm must be above 0, but is nan; write null to switch it off."),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm must be a finite number, but is nan; write another value."),
         ({"keep_last": 0}, "--keep_last must be 1 or more, but is 0."),
         ({"max_bad_share": 2}, "--max_bad_share is a share between 0 and 1, but is 2.0."),
         ({"max_updates": "None"}, "--max_updates must be a whole number or null, but is the text 'None' "
