@@ -640,12 +640,14 @@ def test_a_manifest_of_a_stranger_runs_nothing_and_shows_nothing(output, manifes
     secret = tmp_path / "secret.txt"
     secret.write_text("TOP SECRET")
     above = os.path.relpath(secret, tmp_path)
-    for wav, place in (
+    # a folder for each run: one that ends for bad audio leaves a checkpoint, which another manifest may not go on from
+    for number, (wav, place) in enumerate((
         (f"../{tmp_path.name}/{above}", secret),
         (f"touch {tmp_path}/ran |", tmp_path / f"touch {tmp_path}/ran |"),
         ("http://127.0.0.1/a.wav", tmp_path / "http:/127.0.0.1/a.wav"),
-    ):
-        ended = run_here(TEMPLATE, digits_words(output, train_manifest=manifest(wav=wav), max_updates=4))
+    )):  # fmt: skip
+        folder = tmp_path / f"run{number}"
+        ended = run_here(TEMPLATE, digits_words(folder, train_manifest=manifest(wav=wav), max_updates=4))
         assert ended.code == 2 and f" utterance 0_jackson_5: {place} " in ended.error
         assert "TOP SECRET" not in ended.stderr
     assert not (tmp_path / "ran").exists()

@@ -89,7 +89,7 @@ def test_every_key_has_its_comment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_every_key_is_used(path: Path) -> None:
-    """A top-level key is read by the script or what it gives its settings to, is a run option, or stands in the YAML."""
+    """A top-level key is read by the script (or what it gives its settings to), a run option, or used in the YAML."""
     script = script_of(path).read_text(encoding="utf-8")
     for module in ("toolkit.recognition", "toolkit.data.parts"):  # those that are given a script's settings
         if f"from {module} import" in script:

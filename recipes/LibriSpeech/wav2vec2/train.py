@@ -99,7 +99,11 @@ def main(argv: Sequence[str]) -> None:
             modules={"model": model},
             opt_class=hparams["opt_class"],
             schedule=hparams["schedule"],
-            health=pretraining_health(num_groups=model.quantizer.num_groups, num_candidates=1 + model.num_negatives),
+            health=pretraining_health(
+                num_groups=model.quantizer.num_groups,
+                num_codes=model.quantizer.num_codes,
+                num_candidates=1 + model.num_negatives,
+            ),
             best_metric="loss",
             sample_rate=sample_rate,
         )
