@@ -209,9 +209,9 @@ def test_report_says_when_an_update_is_not_of_its_size():
         "utterance at least; raise effective_batch, or use fewer ranks."
     )
     assert last_line([11.0] * 64, batch_seconds=16, effective_batch=16) == (
-        "warning: an update holds 11.0 s of audio, where effective_batch is 16 s, as whole utterances of like length go "
-        "into micro-batches of 16 s at most; choose effective_batch and batch_seconds by the number above, or another "
-        "num_buckets."
+        "warning: an update holds 11.0 s of audio, where effective_batch is 16 s, as whole utterances of like length "
+        "go into micro-batches of 16 s at most; choose effective_batch and batch_seconds by the number above, or "
+        "another num_buckets."
     )
     assert last_line([1.0] * 10, batch_seconds=4, effective_batch=100) == (
         "warning: an update holds 10.1 s of audio, where effective_batch is 100 s, all that there is in an epoch; "
