@@ -149,7 +149,7 @@ class Wav2Vec2Encoder(nn.Module):
         check_mask_settings(mask_channel_prob, mask_channel_length, "mask_channel")
         check_drop_probabilities(dropout_input=dropout_input)
         check_sizes(
-            dim=dim, ffn_dim=ffn_dim, num_heads=num_heads, pos_kernel=pos_kernel, pos_groups=pos_groups,
+            ffn_dim=ffn_dim, num_heads=num_heads, pos_kernel=pos_kernel, pos_groups=pos_groups,
             pos_depth=pos_depth, mask_length=mask_length, mask_channel_length=mask_channel_length,
         )  # fmt: skip
         check_sizes(least=0, num_layers=num_layers, min_masks=min_masks)

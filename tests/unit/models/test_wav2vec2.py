@@ -190,7 +190,6 @@ def test_refusals():
         ),
         ({"encoder_changes": {"pos_groups": 0}}, "pos_groups is 0, expected a whole number, 1 or more."),
         ({"encoder_changes": {"num_heads": 0}}, "num_heads is 0, expected a whole number, 1 or more."),
-        ({"encoder_changes": {"dim": 16.5}}, "dim is 16.5, expected a whole number, 1 or more."),
         ({"encoder_changes": {"num_layers": -1}}, "num_layers is -1, expected a whole number, 0 or more."),
         ({"encoder_changes": {"min_masks": 0.5}}, "min_masks is 0.5, expected a whole number, 0 or more."),
         (
