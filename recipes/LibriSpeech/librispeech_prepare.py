@@ -18,23 +18,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import multiprocessing
-import os
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from a clone, installed or not
 
-from tqdm import tqdm
-
-from toolkit.data.audio import audio_info, read_audio
+from toolkit.data.corpus_scan import (
+    AUDIO_SUFFIXES,
+    digest,
+    file_digest,
+    is_unchanged,
+    list_tree,
+    read_summary,
+    scan,
+)
 from toolkit.data.manifest import write_manifest
-from toolkit.errors import AudioError, ConfigError, ManifestError, run_main
+from toolkit.errors import ConfigError, ManifestError, run_main
 from toolkit.training.folders import write_atomic, write_json
 
 OFFICIAL_UTTERANCES = {
@@ -46,10 +48,8 @@ OFFICIAL_UTTERANCES = {
 TRAIN_FOLDERS = ("train-clean-100", "train-clean-360", "train-other-500")
 SUBSET_HOURS = {"train-10min": 10 / 60, "train-1h": 1.0, "train-10h": 10.0}
 WHOLE_SUBSETS = {"train-100h": TRAIN_FOLDERS[:1], "train-960h": TRAIN_FOLDERS}
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
 MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
 SUMMARY = "librispeech_prepare.json"
-FEW_FILES = 1000  # below this, starting processes costs more than it saves
 
 
 @dataclass
@@ -151,12 +151,14 @@ def prepare_librispeech(
     ------
     ManifestError : a folder, a list or too much audio is missing or bad. ConfigError : an argument makes no sense.
     """
+    check_names("splits", splits or ())
     root, output = corpus_root(Path(data_folder), splits or ()), Path(output_folder)
     lists = parse_lists(subset_lists)
     wanted = list(dict.fromkeys(splits)) if splits else folders_there(root)
     wanted += [name for name in lists if name not in wanted]
-    check_arguments(root, wanted, lists, min_duration, max_duration, check, max_bad_share)
-    output.mkdir(parents=True, exist_ok=True)
+    check_limits(min_duration, max_duration, check, max_bad_share, num_workers)
+    check_wanted(root, wanted, lists)
+    make_folder(output)
 
     sources = {name: folders_of(root, name, lists, say) for name in wanted}
     folders = list(dict.fromkeys(folder for found in sources.values() for folder in found))
@@ -199,6 +201,7 @@ def librispeech_manifests(
 
     ``options`` are those of :func:`prepare_librispeech`.
     """
+    check_names("train_splits, valid_splits or test_splits", splits)
     files = {name: Path(name) for name in splits if name.lower().endswith(MANIFEST_SUFFIXES)}
     names = [name for name in splits if name not in files]
     return files | (prepare_librispeech(data_folder, manifest_folder, splits=names, **options) if names else {})
@@ -211,15 +214,40 @@ def corpus_root(folder: Path, splits: Sequence[str]) -> Path:
         if known or (not splits and folders_there(root)):
             return root
     if not folder.is_dir():
-        raise ManifestError(f"data_folder {str(folder)!r} does not exist; give the folder that holds dev-clean/ etc.")
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ManifestError(f"data_folder {str(folder)!r} {reason}; give the folder that holds dev-clean/ etc.")
     raise ManifestError(
         f"data_folder {str(folder)!r} holds none of {', '.join(OFFICIAL_UTTERANCES)}; give the folder that "
         "LibriSpeech's archives unpack to (SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac)."
     )
 
 
+def make_folder(folder: Path) -> None:
+    """The folder for what is written, made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"the output folder {folder} lies at or under a file; choose another name.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder {folder} cannot be made ({error.strerror}); choose another folder."
+        ) from error
+
+
+def check_names(argument: str, names: Sequence[str]) -> None:
+    """Refuse numbers and nulls, which YAML makes of names without quotes, and a name where a list is expected."""
+    if isinstance(names, str):
+        raise ConfigError(f"{argument} is {names!r}, expected a list; write [{names}].")
+    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise ConfigError(
+            f"{argument} holds {wrong[0]!r}, expected names; put quotes round a name that is a number, and write [] "
+            "for none."
+        )
+
+
 def parse_lists(items: Sequence[str]) -> dict[str, Path]:
     """"NAME=FILE" to name and file."""
+    check_names("subset_lists", items)
     pairs = [item.partition("=") for item in items]
     if wrong := [item for item, (name, _, file) in zip(items, pairs, strict=True) if not (name and file)]:
         raise ConfigError(f"subset_lists has {wrong[0]!r}; write NAME=FILE, for example train-mine=ids.txt.")
@@ -232,15 +260,23 @@ def folders_there(root: Path) -> list[str]:
     return official or sorted({path.parents[2].name for path in root.glob("*/*/*/*.trans.txt")})
 
 
-def check_arguments(root: Path, wanted: Sequence[str], lists: Mapping, low: float | None, high: float | None,
-                    check: str, share: float) -> None:
-    """Refuse what cannot be meant, all names at once."""
+def check_limits(low: float | None, high: float | None, check: str, share: float, num_workers: int | None) -> None:
+    """Refuse numbers that cannot be meant."""
     if check not in ("decode", "header"):
         raise ConfigError(f"check is {check!r}; take 'decode' or 'header'.")
     if not 0 <= share <= 1:
         raise ConfigError(f"max_bad_share is {share}; take a share between 0 and 1.")
+    for name, limit in (("min_duration", low), ("max_duration", high)):
+        if limit is not None and (not isinstance(limit, (int, float)) or math.isnan(limit) or limit < 0):
+            raise ConfigError(f"{name} is {limit!r}; take seconds, 0 or more, or leave it out.")
+    if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 0):
+        raise ConfigError(f"num_workers is {num_workers!r}; take a whole number, 0 or more, or leave it out.")
     if low is not None and high is not None and low > high:
         raise ConfigError(f"min_duration {low} s is above max_duration {high} s; exchange or drop one.")
+
+
+def check_wanted(root: Path, wanted: Sequence[str], lists: Mapping[str, Path]) -> None:
+    """Refuse names that are neither here nor known, all at once."""
     there = sorted(path.name for path in root.iterdir() if path.is_dir())
     known = {*there, *SUBSET_HOURS, *WHOLE_SUBSETS, *lists}
     unknown = [name for name in wanted if name not in known]
@@ -251,7 +287,8 @@ def check_arguments(root: Path, wanted: Sequence[str], lists: Mapping, low: floa
         )
     for name, path in lists.items():
         if not Path(path).is_file():
-            raise ManifestError(f"subset_lists: {name}: the file {str(path)!r} does not exist; check the path.")
+            reason = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+            raise ManifestError(f"subset_lists: {name}: the file {str(path)!r} {reason}; check the path.")
 
 
 def folders_of(root: Path, name: str, lists: Mapping, say: Callable[[str], object]) -> list[str]:
@@ -266,79 +303,6 @@ def folders_of(root: Path, name: str, lists: Mapping, say: Callable[[str], objec
     if missing and name in WHOLE_SUBSETS:
         say(f"{name}: {', '.join(missing)} not there, so it holds {', '.join(found)} only")
     return found
-
-
-def list_tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size in bytes and time of change (ns) of every audio and transcript file, by path relative to ``folder``."""
-    tree = {}
-    pending = [str(folder)]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    pending.append(entry.path)
-                elif entry.name.endswith(".trans.txt") or entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    status = entry.stat()
-                    tree[os.path.relpath(entry.path, folder)] = (status.st_size, status.st_mtime_ns)
-    return tree
-
-
-def inspect_file(path: str, check: str) -> dict:
-    """Frames and sample rate of one file, or the error that reading it gave."""
-    try:
-        info = audio_info(path)
-        frames = info.num_samples
-        if check == "decode":
-            frames = len(read_audio(path, sample_rate=info.sample_rate))
-        if frames == 0:
-            return {"error": "no samples"}
-        return {"frames": int(frames), "rate": int(info.sample_rate)}
-    except AudioError as error:
-        return {"error": str(error)}
-
-
-def scan(folder: Path, tree: Mapping[str, tuple[int, int]], memory: Path, check: str,
-         num_workers: int | None) -> dict[str, dict]:
-    """Facts about every audio file, taken from ``memory`` where the file is unchanged; new ones are added to it."""
-    audio = sorted(name for name in tree if not name.endswith(".trans.txt"))
-    known = read_memory(memory, check)
-    facts = {name: known[name] for name in audio if name in known and known[name]["stamp"] == list(tree[name])}
-    todo = [name for name in audio if name not in facts]
-    if not todo:
-        return facts
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-    paths = [str(folder / name) for name in todo]
-    inspect = partial(inspect_file, check=check)
-    with open(memory, "a", encoding="utf-8") as stream:
-        def keep(results: Iterable[dict]) -> None:
-            bar = tqdm(results, total=len(todo), desc=f"{folder.name} ({check})", unit="file", disable=None)
-            for count, (name, found) in enumerate(zip(todo, bar, strict=True)):
-                facts[name] = {"file": name, "stamp": list(tree[name]), "check": check, **found}
-                stream.write(json.dumps(facts[name], ensure_ascii=False) + "\n")
-                if count % 100 == 0:
-                    stream.flush()
-
-        if len(todo) < FEW_FILES or workers < 2:
-            keep(map(inspect, paths))
-        else:  # spawn: the caller may hold threads (torch), which fork would copy in a broken state
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                keep(pool.map(inspect, paths, chunksize=64))
-    return facts
-
-
-def read_memory(memory: Path, check: str) -> dict[str, dict]:
-    """What an earlier run learned; a line cut off by a kill is passed over. Headers do not stand in for decoding."""
-    known = {}
-    if memory.is_file():
-        for line in memory.read_text(encoding="utf-8").splitlines():
-            try:
-                fact = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if fact["check"] in ("decode", check):
-                known[fact["file"]] = fact
-    return known
 
 
 def match(folder: Path, tree: Mapping, facts: Mapping[str, dict], low: float | None,
@@ -377,18 +341,22 @@ def read_transcripts(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Utterance ID to transcript, from every ``*.trans.txt``."""
     words: dict[str, str] = {}
     for name in sorted(names):
-        try:
-            lines = (folder / name).read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{folder / name}: not UTF-8 at byte {error.start}; save it as UTF-8.") from error
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_utf8(folder / name).split("\n"), start=1):
             if not line.strip():
                 continue
-            key, _, text = line.strip().partition(" ")
+            key, *text = line.split()
             if key in words:
                 raise ManifestError(f"{folder / name}, line {number}: {key} has a transcript already; delete one.")
-            words[key] = " ".join(text.split())
+            words[key] = " ".join(text)
     return words
+
+
+def read_utf8(path: Path) -> str:
+    """A text file, without the mark that some editors put at its beginning."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from error
 
 
 def finish_report(report: SplitReport, utterances: Sequence[Utterance], max_bad_share: float, output: Path,
@@ -425,7 +393,7 @@ def choose(name: str, rows: list[Utterance], lists: Mapping[str, str | Path], se
 
 def choose_listed(name: str, rows: Sequence[Utterance], path: Path) -> list[Utterance]:
     """The utterances that a file names, one ID a line (a path or a suffix around the ID does no harm)."""
-    ids = {Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    ids = {Path(line.split()[0]).stem for line in read_utf8(path).splitlines() if line.strip()}
     missing = sorted(ids - {row.id for row in rows})
     if missing:
         raise ManifestError(
@@ -468,31 +436,9 @@ def natural(key: str) -> tuple:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split("-"))
 
 
-def read_summary(path: Path) -> dict:
-    """The summary of an earlier run, or an empty one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def is_unchanged(manifest: Path, entry: dict | None, key: str) -> bool:
-    """Whether ``manifest`` is what an earlier run with the same options wrote from the same files."""
-    if not entry or entry["key"] != key or not manifest.is_file() or manifest.stat().st_size != entry["bytes"]:
-        return False
-    return file_digest(manifest) == entry["sha256"]
-
-
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--data_folder", required=True, help="the LibriSpeech folder (it holds dev-clean/ and so on)")
     add("--output_folder", required=True, help="where the manifests go")

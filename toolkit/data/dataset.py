@@ -36,7 +36,13 @@ CONTEXT = "context"
 """Key under which an item gets the :class:`ItemContext`."""
 
 DURATION_TOLERANCE = 0.5
-"""Seconds by which a file may differ from its manifest (rounded durations), or a tenth of it if that is more."""
+"""Seconds by which a file may differ from its manifest (rounded durations), or a tenth of it if that is less."""
+
+SMALLEST_TOLERANCE = 0.05
+"""Seconds that are always allowed: an MP3 may be a frame longer or shorter than it was when it was measured."""
+
+CROP_TOLERANCE = 0.025
+"""Seconds of silence that a crop may end with: less than one frame of the model, so never a target by itself."""
 
 
 @dataclass(frozen=True)
@@ -367,14 +373,23 @@ class ReadWaveform:
     normalize: bool = False
 
     def __call__(self, wav: str, duration: float, context: ItemContext) -> np.ndarray:
-        """(samples,) float32; raises AudioError, also where the file is not as long as the manifest says."""
+        """(samples,) float32; raises AudioError, also where the file is not as long as the manifest says.
+
+        A crop is chosen to fit the manifest's duration, and nothing tells the model of padding in it: an utterance that
+        cannot fill its crop is refused, or zeros would become frames to predict.
+        """
         with AudioFile(wav) as audio:
             actual = audio.info.duration
-            if abs(actual - duration) > max(DURATION_TOLERANCE, 0.1 * duration) + 1e-6:
+            if abs(actual - duration) > max(SMALLEST_TOLERANCE, min(DURATION_TOLERANCE, 0.1 * duration)) + 1e-6:
                 raise AudioError(
                     f"{wav} lasts {actual:.2f} s where the manifest says {duration:.2f} s; prepare the manifest again."
                 )
             total, start, length = audio.info.num_samples_at(self.sample_rate), 0, None
+            if context.crop_samples is not None and context.crop_samples - total > CROP_TOLERANCE * self.sample_rate:
+                raise AudioError(
+                    f"{wav} lasts {actual:.3f} s where the manifest says {duration:.3f} s, too short for its crop of "
+                    f"{context.crop_samples / self.sample_rate:.3f} s; prepare the manifest again."
+                )
             if context.crop_samples is not None and context.crop_samples < total:
                 start = int(context.rng("crop").integers(0, total - context.crop_samples + 1))
                 length = context.crop_samples
@@ -402,10 +417,19 @@ def speech_items(sample_rate: int, normalize: bool = False) -> list[DynamicItem]
 
     Arguments
     ---------
-    sample_rate : Hz that the model wants; files of another rate are resampled.
+    sample_rate : Hz that the model wants, a whole number; files of another rate are resampled.
     normalize : bring each utterance to zero mean and unit variance (models trained so); crops are then taken after it.
         Otherwise only the cropped part is decoded.
+
+    Raises
+    ------
+    ConfigError : ``sample_rate`` is no rate of speech.
     """
+    number = isinstance(sample_rate, (int, float, np.number)) and not isinstance(sample_rate, bool)
+    if not (number and 1000 <= sample_rate <= 400_000 and sample_rate == int(sample_rate)):
+        raise ConfigError(
+            f"sample_rate is {sample_rate!r}, expected a whole number of Hz from 1000 to 400000, as 16000."
+        )
     return [DynamicItem(ReadWaveform(int(sample_rate), bool(normalize)), ("wav", "duration", CONTEXT), ("waveform",))]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from toolkit.data.audio import audio_info
-from toolkit.data.table import Manifest, ManifestBuilder
+from toolkit.data.table import DATA_COLUMNS, Manifest, ManifestBuilder, shortened
 from toolkit.errors import AudioError, ManifestError
 
 ALIASES = {
@@ -27,6 +27,12 @@ FAIRSEQ_RATE = 16000
 
 FIELD_LIMIT = 1 << 24
 """Characters in one field of a CSV file; the csv module's own limit is too small for long transcripts."""
+
+FRAME_DIGITS = 15
+"""Digits of a number of samples; more would be thousands of years of audio."""
+
+SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
+"""What tables are separated by in the wild; ours by commas, or by tabs in a tsv."""
 
 _PLACEHOLDER = re.compile(r"\$\{?(\w+)\}?|\{(\w+)\}")
 
@@ -70,6 +76,7 @@ def read_table(file: TextIO, name: str, resolve: PathResolver, delimiter: str) -
         if twice:
             raise ManifestError(f"{name}, line 1: the column {twice[0]!r} comes twice; give each column its own name.")
         header = canonical_names(header)
+        _check_separator(header, delimiter, name)
         builder = ManifestBuilder(header, name)
         for fields in reader:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
@@ -86,6 +93,19 @@ def read_table(file: TextIO, name: str, resolve: PathResolver, delimiter: str) -
     return builder.finish()
 
 
+def _check_separator(header: list[str], delimiter: str, name: str) -> None:
+    """Say so where the whole header is one field because something else separates the columns."""
+    for other, called in SEPARATORS.items():
+        if len(header) == 1 and other != delimiter and other in header[0]:
+            names = canonical_names([column.strip() for column in header[0].split(other)])
+            if any(column in names for column in DATA_COLUMNS):
+                tabs = ", or name it .tsv" if other == "\t" else ""
+                raise ManifestError(
+                    f"{name}, line 1: the columns are separated by {called}, expected {SEPARATORS[delimiter]}; save "
+                    f"the table with {SEPARATORS[delimiter]}{tabs}."
+                )
+
+
 def read_json(text: str, name: str, resolve: PathResolver) -> Manifest:
     """``{id: {"wav": ..., "duration": ..., ...}}``, or a list of such objects that hold their own ID."""
     try:
@@ -99,6 +119,8 @@ def read_json(text: str, name: str, resolve: PathResolver) -> Manifest:
         raise ManifestError(
             f"{name}, line {error.lineno}: this is not JSON ({error.msg}); correct the file."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{name}: {_why_not_loaded(error)}; correct the file.") from error
     if isinstance(value, dict) and isinstance(value.get("wav"), str):
         # A single line of JSON lines under the name .json.
         value = [value]
@@ -108,7 +130,8 @@ def read_json(text: str, name: str, resolve: PathResolver) -> Manifest:
         rows = ((f"entry {index}", row) for index, row in enumerate(value))
     else:
         raise ManifestError(
-            f"{name} is neither a JSON object nor a list of objects; see the README for the kinds accepted."
+            f'{name} is neither a JSON object nor a list of objects; write {{ID: {{"wav": ..., "duration": ...}}}}, a '
+            "list of objects with ID, wav and duration, or one such object a line."
         )
     return _read_objects(rows, name, resolve)
 
@@ -125,6 +148,10 @@ def read_json_lines(lines: Iterator[str], name: str, resolve: PathResolver) -> M
                     raise ManifestError(
                         f"{name}, line {number}: this is not a JSON object ({error.msg}); correct the line."
                     ) from error
+                except (ValueError, RecursionError) as error:
+                    raise ManifestError(
+                        f"{name}, line {number}: {_why_not_loaded(error)}; correct the line."
+                    ) from error
 
     return _read_objects(rows(), name, resolve)
 
@@ -140,7 +167,11 @@ def _read_objects(rows: Iterable[tuple[str | int, Any]], name: str, resolve: Pat
             names = canonical_names(list(row))
             renamed = dict(zip(row, names, strict=True))
             builder = ManifestBuilder(names, name)
-        texts = {renamed.get(key, key): _text_of(value) for key, value in row.items()}
+        try:
+            texts = {renamed.get(key, key): _text_of(value) for key, value in row.items()}
+        except RecursionError as error:
+            where = place if isinstance(place, str) else f"line {place}"
+            raise ManifestError(f"{name}, {where}: {_why_not_loaded(error)}; correct it.") from error
         add_row(builder, texts, place, resolve)
     if builder is None:
         raise ManifestError(f"{name} holds no utterances; check how it was made.")
@@ -175,10 +206,10 @@ def read_fairseq(path: Path, file: TextIO, resolve: PathResolver, sample_rate: i
     unique = len(set(stems)) == len(stems)
     builder = ManifestBuilder(["ID", "duration", "wav"] + (["wrd"] if labels else []), name)
     for index, (entry, frames) in enumerate(entries):
-        if not frames.isdecimal() or int(frames) == 0:
+        if not frames.isdecimal() or len(frames) > FRAME_DIGITS or int(frames) == 0:
             raise ManifestError(
-                f"{name}, line {index + 2}: the number of samples is {frames!r}, expected a whole number greater than "
-                "0; correct or delete the line."
+                f"{name}, line {index + 2}: the number of samples is {shortened(repr(frames))}, expected a whole "
+                "number greater than 0; correct or delete the line."
             )
         identity = stems[index] if unique else os.path.splitext(entry)[0]
         row = {"ID": identity, "duration": int(frames) / rate, "wav": os.path.join(root, entry)}
@@ -251,6 +282,13 @@ def _position_of(path: Path, error: UnicodeDecodeError) -> int:
     except UnicodeDecodeError as whole:
         return whole.start
     return error.start
+
+
+def _why_not_loaded(error: ValueError | RecursionError) -> str:
+    """What is wrong with JSON that is well formed and yet cannot be loaded."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return "a number has too many digits"
 
 
 class _DuplicateKeyError(Exception):

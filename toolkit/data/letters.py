@@ -16,6 +16,7 @@ from toolkit.data.token_common import (
     Case,
     Unknown,
     boundary_message,
+    check_boundary,
     check_option,
     id_message,
     normalized,
@@ -26,6 +27,9 @@ from toolkit.data.token_common import (
 from toolkit.errors import TokenError
 
 LETTERS_FILE = "dict.ltr.txt"
+MAX_PADDING = 1024
+"""Largest padding_factor: beyond it the made up words would outnumber any script."""
+
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
@@ -42,10 +46,11 @@ class LetterTokenizer:
     unknown : what to do with a character that is not among them: "error", "drop" it, or encode it as ``<unk>``.
     case : "keep", "lower" or "upper": change the text's case before anything else.
     word_boundary : the symbol that ends a word.
+    source : where the symbols come from, for messages.
 
     Raises
     ------
-    TokenError for symbols that come twice, and from ``encode`` for an unknown character.
+    TokenError for symbols that come twice or cannot stand in the file, and from ``encode`` for an unknown character.
 
     Example
     -------
@@ -67,17 +72,22 @@ class LetterTokenizer:
         unknown: Unknown = "error",
         case: Case = "keep",
         word_boundary: str = "|",
-        source: str = "the list of symbols",
+        source: str | None = None,
     ) -> None:
         check_option("unknown", unknown, ("error", "drop", "unk"))
         check_option("case", case, ("keep", "lower", "upper"))
+        check_boundary(word_boundary)
         self.symbols = tuple(symbols)
         self.counts = tuple(symbols.values()) if isinstance(symbols, Mapping) else (0,) * len(self.symbols)
         self.unknown, self.case, self.word_boundary = unknown, case, word_boundary
         self._ids: dict[str, int] = {symbol: index for index, symbol in enumerate(SPECIALS)}
+        self._source = source
+        named = source or "the list of symbols"
         for symbol in self.symbols:
+            if not symbol or "\n" in symbol:
+                raise TokenError(f"{named} holds {symbol!r}, which no line of {LETTERS_FILE} can hold; leave it out.")
             if symbol in self._ids:
-                raise TokenError(f"{source} holds the symbol {symbol!r} twice; delete one of them.")
+                raise TokenError(f"{named} holds the symbol {symbol!r} twice; delete one of them.")
             self._ids[symbol] = len(self._ids)
 
     @classmethod
@@ -99,6 +109,12 @@ class LetterTokenizer:
         word_boundary : None takes ``|``, or ``▁`` where the texts hold a ``|`` of their own (Buckwalter's Arabic does).
         padding_factor : fill up with ``madeupword0000``, ... to a multiple of this (fairseq's default is 8; 1 = none).
         """
+        if type(padding_factor) is not int or not 1 <= padding_factor <= MAX_PADDING:
+            raise TokenError(
+                f"padding_factor is {padding_factor!r}, expected a whole number from 1 (none) to {MAX_PADDING}."
+            )
+        if word_boundary is not None:
+            check_boundary(word_boundary)
         counts: Counter[str] = Counter()
         gaps = 0
         for text in texts:
@@ -225,7 +241,7 @@ class LetterTokenizer:
         letters = []
         for index in ids:
             if not 0 <= index < self.vocab_size:
-                raise TokenError(id_message(index, self.vocab_size))
+                raise TokenError(id_message(index, self.vocab_size, self._source))
             if index >= len(SPECIALS):
                 symbol = self.symbols[index - len(SPECIALS)]
                 letters.append(" " if symbol == self.word_boundary else symbol)

@@ -7,6 +7,7 @@ update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -21,6 +22,20 @@ __all__ = ["BucketSampler", "EpochPlan", "EvaluationSampler", "Sampler"]
 
 MAX_LOCKSTEP = 8
 """Ranks up to this number see the same plan as one rank: groups of one bucket are this long where possible."""
+
+MAX_MICROS = 1_000_000
+"""Micro-batches of an update; more is a slip of the decimal point."""
+
+MAX_SECONDS = 1e9
+"""Seconds beyond which a budget is a slip too (31 years of audio), and would overflow the counts."""
+
+FAR_OFF = 0.25
+"""Share by which an update may miss the effective batch before the report says so."""
+
+WHOLE_NUMBERS = ("num_buckets", "lockstep", "max_batch_size", "sample_rate", "world_size")
+
+KNOWN_AS = {"max_seconds": "max_seconds (crop_seconds in the YAML of a pretraining)"}
+"""Arguments that the users of recipes know under another name."""
 
 
 class Sampler(Protocol):
@@ -39,16 +54,18 @@ class BucketSampler:
     """Batches of few fixed shapes under a budget in seconds of audio, the same bucket on all ranks at each step.
 
     Utterances are sorted into buckets; a batch of bucket ``k`` is ``n_k`` utterances of ``e_k`` seconds with
-    ``n_k * e_k <= batch_seconds`` (a single utterance may be longer). ``G`` micro-batches make an update
-    (``effective_batch / batch_seconds``, rounded, brought up to a multiple of the world size), in groups of ``L``
-    from one bucket, so that the plan is the same for every world size that divides ``L``. Utterances that fill no whole
-    group of their bucket move to the next one (up when padding, down when cropping), others in every epoch; the last
-    ones make a smaller group at the end. Nothing is dropped and nothing comes twice.
+    ``n_k * e_k <= batch_seconds`` (a single utterance may be longer). ``G`` micro-batches make an update, the multiple
+    of the world size nearest to ``effective_batch / batch_seconds`` (corrected where batches hold much less than their
+    budget), in groups of ``L`` from one bucket, so that the plan is the same for every world size that divides ``L``.
+    Where the ranks together would take more than ``effective_batch`` at once, their budgets shrink to their share of
+    it. Utterances that fill no whole group of their
+    bucket move to the next one (up when padding, down when cropping), others in every epoch; the last ones make a
+    smaller group at the end. Nothing is dropped and nothing comes twice.
 
     Arguments
     ---------
     durations : (utterances,) seconds, all > 0.
-    batch_seconds : budget of one micro-batch on one device, in seconds of padded (or cropped) audio.
+    batch_seconds : budget of one micro-batch on one device at most, in seconds of padded (or cropped) audio.
     effective_batch : seconds of audio per optimizer update over all devices; None = one micro-batch per rank.
     mode : "pad": utterances are padded up to the bucket's edge (fine-tuning). "crop": they are cropped down to it, no
         padding reaches the model (pretraining); utterances shorter than the shortest edge do not exist, as that
@@ -100,22 +117,38 @@ class BucketSampler:
         numbers |= {"max_seconds": max_seconds, "lockstep": lockstep, "max_batch_size": max_batch_size}
         _check_positive(numbers | {"sample_rate": sample_rate, "world_size": world_size})
         self.durations = _checked_durations(durations)
-        self.batch_seconds = float(batch_seconds)
+        self.effective_batch = None if effective_batch is None else float(effective_batch)
         self.mode, self.order, self.seed = mode, order, int(seed)
         self.sample_rate, self.world_size = int(sample_rate), int(world_size)
         if mode == "pad" and max_seconds is not None:
             _check_longest(self.durations, float(max_seconds))
-        self.micros_per_update = micros_per_update(self.batch_seconds, effective_batch, self.world_size)
+        self.batch_seconds = budget_of(float(batch_seconds), self.effective_batch, self.world_size)
+        self.micros_per_update = micros_per_update(self.batch_seconds, self.effective_batch, self.world_size)
         self.lockstep = lockstep_of(self.micros_per_update, self.world_size, lockstep)
         self.layout = choose_layout(
             self.durations,
             batch_seconds=self.batch_seconds,
             lockstep=self.lockstep,
             crop=mode == "crop",
-            num_buckets=num_buckets,
+            num_buckets=None if num_buckets is None else int(num_buckets),
             max_seconds=max_seconds,
-            max_batch_size=max_batch_size,
+            max_batch_size=None if max_batch_size is None else int(max_batch_size),
         )
+        if self.effective_batch is not None:
+            self.micros_per_update = self._corrected(self.effective_batch)
+
+    def _corrected(self, wanted: float) -> int:
+        """G by what the micro-batches really hold, where their budgets promise too much (or too little) by far.
+
+        A multiple of the lock-step, so that the layout stays, and the plan is still the same for all its world sizes.
+        """
+        batches = self.layout.groups * self.lockstep
+        if not batches.any():
+            return self.micros_per_update
+        held = float((batches * self.batch_sizes * self.edges).sum() / batches.sum())
+        if abs(self.micros_per_update * held - wanted) <= FAR_OFF * wanted:
+            return self.micros_per_update
+        return max(1, math.floor(wanted / (held * self.lockstep) + 0.5)) * self.lockstep
 
     @property
     def edges(self) -> np.ndarray:
@@ -158,6 +191,11 @@ class BucketSampler:
     def epoch_seconds(self) -> float:
         """Seconds of audio of an epoch as the model sees them (padded or cropped), over all ranks."""
         return self.layout.seconds
+
+    @property
+    def update_seconds(self) -> float:
+        """Seconds of audio of a whole update as the model sees them, over all ranks, on average."""
+        return self.epoch_seconds / self.batches_per_epoch * self.micros_per_update
 
     def plan(self, epoch: int) -> EpochPlan:
         """The batches of ``epoch`` (from 0), a pure function of the constructor's arguments and ``epoch``."""
@@ -202,13 +240,30 @@ class BucketSampler:
             lines.append(f"cropped away: {100 * (total - self.epoch_seconds) / total:.1f} % of the audio")
         else:
             lines.append(f"padding: {100 * (1 - total / self.epoch_seconds):.1f} % of what the model sees")
-        seconds = self.epoch_seconds / max(1, self.batches_per_epoch) * self.micros_per_update
         lines.append(
             f"an update: {self.micros_per_update} micro-batch{'es' if self.micros_per_update > 1 else ''}, about "
-            f"{seconds:.0f} s of audio; {self.world_size} rank{'s' if self.world_size > 1 else ''}, "
+            f"{self.update_seconds:.0f} s of audio; {self.world_size} rank{'s' if self.world_size > 1 else ''}, "
             f"{self.accumulation} accumulated on each"
         )
+        if self.effective_batch is not None and (sentence := self._far_off(self.effective_batch)):
+            lines.append(sentence)
         return "\n".join(lines)
+
+    def _far_off(self, wanted: float) -> str | None:
+        """A sentence about updates that are not of about the size ``wanted`` (seconds), None where they are."""
+        seconds = min(self.update_seconds, self.epoch_seconds)
+        if abs(seconds - wanted) <= FAR_OFF * wanted:
+            return None
+        if self.epoch_seconds < self.update_seconds:
+            why = "all that there is in an epoch; lower effective_batch"
+        elif seconds > wanted:
+            why = "as each micro-batch holds one utterance at least; raise effective_batch, or use fewer ranks"
+        else:
+            why = (
+                f"as whole utterances of like length go into micro-batches of {self.batch_seconds:g} s at most; choose "
+                "effective_batch and batch_seconds by the number above, or another num_buckets"
+            )
+        return f"warning: an update holds {seconds:.1f} s of audio, where effective_batch is {wanted:g} s, {why}."
 
 
 class EvaluationSampler:
@@ -257,24 +312,43 @@ class EvaluationSampler:
         return EpochPlan(self._rows, self._offsets, zeros.astype(np.int16), zeros, updates)
 
 
+def budget_of(batch_seconds: float, effective_batch: float | None, world_size: int) -> float:
+    """Seconds of one micro-batch: ``batch_seconds``, or a rank's share of an update where that is less."""
+    return batch_seconds if effective_batch is None else min(batch_seconds, effective_batch / world_size)
+
+
 def micros_per_update(batch_seconds: float, effective_batch: float | None, world_size: int) -> int:
-    """G: micro-batches of an update over all ranks, a multiple of ``world_size``."""
-    wanted = 1 if effective_batch is None else max(1, round(effective_batch / batch_seconds))
-    return -(-wanted // world_size) * world_size
+    """G: micro-batches of an update over all ranks, the multiple of ``world_size`` nearest to the effective batch.
+
+    Raises
+    ------
+    ConfigError if there are too many for a number that is meant.
+    """
+    if effective_batch is None:
+        return world_size
+    each = effective_batch / (batch_seconds * world_size)
+    if each * world_size > MAX_MICROS:
+        raise ConfigError(
+            f"effective_batch {effective_batch:g} s in micro-batches of batch_seconds {batch_seconds:g} s makes "
+            f"{each * world_size:.3g} of them for one update, expected {MAX_MICROS:,} at most; both are seconds of "
+            "audio: lower effective_batch or raise batch_seconds."
+        )
+    # A half goes up: micro-batches hold somewhat less than their budget.
+    return max(1, math.floor(each + 0.5)) * world_size
 
 
 def lockstep_of(micros: int, world_size: int, wanted: int | None) -> int:
     """L: batches of one bucket in a row; divides ``micros`` and is a multiple of ``world_size``."""
-    fitting = [size for size in range(1, micros + 1) if micros % size == 0 and size % world_size == 0]
     if wanted is not None:
-        if wanted not in fitting:
+        if micros % wanted or wanted % world_size:
+            fitting = [size for size in range(world_size, micros + 1, world_size) if micros % size == 0]
             raise ConfigError(
                 f"lockstep is {wanted}, but it must divide the {micros} micro-batches of an update and be a multiple "
                 f"of the {world_size} ranks; use one of {', '.join(map(str, fitting))} or leave it out."
             )
-        return wanted
-    small = [size for size in fitting if size <= MAX_LOCKSTEP]
-    return max(small) if small else min(fitting)
+        return int(wanted)
+    small = [size for size in range(world_size, MAX_LOCKSTEP + 1, world_size) if micros % size == 0]
+    return max(small, default=world_size)
 
 
 def _fill_groups(layout: BucketLayout, rng: np.random.Generator, *, crop: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -340,5 +414,12 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, value in numbers.items():
-        if value is not None and (not isinstance(value, (int, float, np.number)) or not value > 0):
-            raise ConfigError(f"{name} is {value!r}, expected a number greater than 0.")
+        if value is None:
+            continue
+        known = KNOWN_AS.get(name, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0:
+            raise ConfigError(f"{known} is {value!r}, expected a number greater than 0.")
+        if value > MAX_SECONDS:
+            raise ConfigError(f"{known} is {value!r}, expected a number of {MAX_SECONDS:g} at most; correct it.")
+        if name in WHOLE_NUMBERS and value != int(value):
+            raise ConfigError(f"{known} is {value!r}, expected a whole number greater than 0.")

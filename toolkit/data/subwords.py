@@ -32,6 +32,7 @@ class SentencePieceTokenizer:
     model : the bytes of a SentencePiece model whose id 0 is no ordinary piece (``train`` makes such).
     unknown : what to do with text that the model cannot spell: "error", "drop", or "unk".
     case : "keep", "lower" or "upper": change the text's case before anything else.
+    source : where the model comes from, for messages.
 
     Example
     -------
@@ -43,22 +44,23 @@ class SentencePieceTokenizer:
     blank_id = BLANK
 
     def __init__(
-        self, model: bytes, *, unknown: Unknown = "error", case: Case = "keep", source: str = "the SentencePiece model"
+        self, model: bytes, *, unknown: Unknown = "error", case: Case = "keep", source: str | None = None
     ) -> None:
         import sentencepiece
 
         check_option("unknown", unknown, ("error", "drop", "unk"))
         check_option("case", case, ("keep", "lower", "upper"))
         self.unknown, self.case = unknown, case
-        self._model = bytes(model)
+        self._model, self._source = bytes(model), source
+        named = source or "the SentencePiece model"
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise TokenError(f"{source} cannot be read as a SentencePiece model; train or copy it again.") from error
+            raise TokenError(f"{named} cannot be read as a SentencePiece model; train or copy it again.") from error
         if not self._processor.is_control(BLANK):
             piece = self._processor.id_to_piece(BLANK)
             raise TokenError(
-                f"{source} uses id 0 for {piece!r}, but CTC needs it for the blank; train it again with --pad_id=0 "
+                f"{named} uses id 0 for {piece!r}, but CTC needs it for the blank; train it again with --pad_id=0 "
                 "--unk_id=1 --bos_id=-1 --eos_id=-1."
             )
 
@@ -188,7 +190,7 @@ class SentencePieceTokenizer:
         numbers = [int(index) for index in ids]
         for index in numbers:
             if not 0 <= index < self.vocab_size:
-                raise TokenError(id_message(index, self.vocab_size))
+                raise TokenError(id_message(index, self.vocab_size, self._source))
         return " ".join(self._processor.decode([index for index in numbers if index != BLANK]).split())
 
     def save(self, folder: str | os.PathLike[str]) -> str:

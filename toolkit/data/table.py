@@ -219,6 +219,9 @@ class ManifestBuilder:
                 f"{source} has no column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has "
                 f"{', '.join(columns) or 'none'}, and needs ID, duration (seconds) and wav (path)."
             )
+        for name in columns:
+            if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise ManifestError(f"{source}: the column name {name!r} is not valid Unicode text; rename the column.")
         self._ids = TextColumnBuilder()
         self._hashes = array("q")
         self._durations = array("d")
@@ -228,24 +231,20 @@ class ManifestBuilder:
 
     def add(self, row: Mapping[str, object], place: str | int) -> None:
         """Add a row; ``place`` (a line number or words) is where it stands, for messages."""
-        identity = str(row.get("ID") or "").strip()
+        # Not by truth: 0 is a good ID.
+        identity = "" if row.get("ID") is None else str(row["ID"]).strip()
         where = self._where(place)
         if not identity:
             raise ManifestError(f"{where}: the ID is empty; give each utterance its own.")
         if not str(row.get("wav") or "").strip():
             raise ManifestError(f"{where}: the path in column wav is empty; give the path or delete the row.")
         self._durations.append(self._duration(row.get("duration"), where))
-        self._ids.append(identity)
+        self._append(self._ids, identity, "ID", where)
         self._hashes.append(hash(identity))
         for name, column in zip(self._names, self._texts, strict=True):
             if name not in row:
                 raise ManifestError(f"{where}: there is no {name!r}, which other rows have; complete the row.")
-            try:
-                column.append(str(row[name]))
-            except UnicodeEncodeError as error:
-                raise ManifestError(
-                    f"{where}: the column {name} is not valid Unicode text; correct the row."
-                ) from error
+            self._append(column, str(row[name]), name, where)
         if isinstance(place, str) and not isinstance(self._places, list):
             self._places = []
         self._places.append(place)
@@ -270,17 +269,29 @@ class ManifestBuilder:
         return f"{self.source}, {place if isinstance(place, str) else f'line {place}'}"
 
     @staticmethod
+    def _append(column: TextColumnBuilder, value: str, name: str, where: str) -> None:
+        try:
+            column.append(value)
+        except UnicodeEncodeError as error:
+            raise ManifestError(f"{where}: the column {name} is not valid Unicode text; correct the row.") from error
+
+    @staticmethod
     def _duration(value: object, where: str) -> float:
         try:
             seconds = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             seconds = math.nan
         if not (math.isfinite(seconds) and seconds > 0):
             raise ManifestError(
-                f"{where}: the duration is {value!r}, expected seconds greater than 0; correct or delete the row, or "
-                "prepare the manifest again."
+                f"{where}: the duration is {shortened(repr(value))}, expected seconds greater than 0; correct or "
+                "delete the row, or prepare the manifest again."
             )
         return seconds
+
+
+def shortened(text: str) -> str:
+    """``text``, its middle left out where it is too long to be read in a message."""
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}"
 
 
 def first_duplicate(ids: TextColumn, hashes: np.ndarray) -> tuple[int, int] | None:

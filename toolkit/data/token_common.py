@@ -59,9 +59,23 @@ def boundary_message(boundary: str, where: str) -> str:
     return f"{where} the character {boundary!r}, which stands for the gap between words; set word_boundary to {others}."
 
 
-def id_message(index: int, size: int) -> str:
-    """The sentence for an id outside the vocabulary."""
-    return f"token id {index} is outside the vocabulary of {size}; the tokens do not belong to this model."
+def id_message(index: int, size: int, file: str | None = None) -> str:
+    """The sentence for an id outside the vocabulary; ``file``: what it was read from."""
+    if file is None:
+        return f"token id {index} is outside the vocabulary of {size}; the tokens do not belong to this model."
+    return (
+        f"token id {index} is outside the vocabulary of {size} in {file}; the tokens do not belong to this model: take "
+        "the file that was saved with it."
+    )
+
+
+def check_boundary(boundary: str) -> None:
+    """Raise TokenError for a word boundary that a dictionary's line could not hold."""
+    if not isinstance(boundary, str) or boundary.split() != [boundary]:
+        raise TokenError(
+            f"word_boundary is {boundary!r}, expected a symbol without white space, as "
+            f"{' or '.join(repr(symbol) for symbol in WORD_BOUNDARIES)}."
+        )
 
 
 def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:

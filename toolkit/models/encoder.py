@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
 from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask
 from toolkit.nn.precision import compute_dtype, explicit_precision
+from toolkit.nn.sizes import check_sizes
 from toolkit.nn.transfer import to_device
 from toolkit.nn.transformer import TransformerEncoder
 from toolkit.seeds import Randomness
@@ -146,9 +148,21 @@ class Wav2Vec2Encoder(nn.Module):
         check_mask_settings(mask_prob, mask_length, "mask")
         check_mask_settings(mask_channel_prob, mask_channel_length, "mask_channel")
         check_drop_probabilities(dropout_input=dropout_input)
-        if feature_grad_mult < 0:
+        check_sizes(
+            ffn_dim=ffn_dim, num_heads=num_heads, pos_kernel=pos_kernel, pos_groups=pos_groups,
+            pos_depth=pos_depth, mask_length=mask_length, mask_channel_length=mask_channel_length,
+        )  # fmt: skip
+        check_sizes(least=0, num_layers=num_layers, min_masks=min_masks)
+        if not 0 <= feature_grad_mult < math.inf:
             raise ModelError(f"feature_grad_mult is {feature_grad_mult}, expected 0 (frozen) or a positive factor.")
-        conv_layers = tuple(tuple(int(n) for n in layer) for layer in conv_layers)
+        try:
+            conv_layers = tuple(tuple(int(n) for n in layer) for layer in conv_layers)
+        except (TypeError, ValueError) as error:
+            if isinstance(conv_layers, str):  # of a foreign config.json: from_folder says so
+                raise
+            raise ModelError(
+                f"conv_layers is {conv_layers}; expected at least one (channels, kernel, stride), all positive."
+            ) from error
         self.config = arguments | {"conv_layers": [list(layer) for layer in conv_layers]}
         self.feature_extractor = FeatureExtractor(
             conv_layers,

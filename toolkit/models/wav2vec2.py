@@ -7,6 +7,7 @@ Gumbel noise) takes the same way as what is drawn. Defaults are BASE's; order an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,9 @@ from toolkit.nn.contrastive import (
 )
 from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.precision import explicit_precision
-from toolkit.nn.quantizer import GumbelQuantizer
+from toolkit.nn.quantizer import GumbelQuantizer, checked_temperature
 from toolkit.nn.quantizer import gumbel_noise as draw_gumbel_noise
+from toolkit.nn.sizes import check_sizes
 from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
@@ -99,6 +101,10 @@ class Wav2Vec2Pretraining(nn.Module):
     dropout_features : drop probability on the quantizer's input.
     diversity_weight, penalty_weight : of the two terms beside the contrastive one; 0 leaves a term out.
 
+    Raises
+    ------
+    ModelError : settings that make no sense.
+
     Example
     -------
     >>> encoder = Wav2Vec2Encoder(conv_layers=[(8, 10, 5), (8, 8, 4)], dim=16, num_layers=1, ffn_dim=32,
@@ -125,19 +131,25 @@ class Wav2Vec2Pretraining(nn.Module):
         penalty_weight: float = 10.0,
     ) -> None:
         super().__init__()
-        if num_negatives < 1 or logit_temperature <= 0:
+        check_sizes(least=0, num_negatives=num_negatives)
+        if num_negatives < 1 or not 0 < logit_temperature < math.inf:
             raise ModelError(
                 f"num_negatives is {num_negatives} and logit_temperature {logit_temperature}; the first must be at "
                 "least 1 and the second above 0, as 100 and 0.1."
             )
         check_drop_probabilities(dropout_features=dropout_features)
+        check_sizes(final_dim=final_dim, code_dim=final_dim if code_dim is None else code_dim)
+        temperature = checked_temperature(temperature)
+        for name, weight in (("diversity_weight", diversity_weight), ("penalty_weight", penalty_weight)):
+            if not 0 <= weight < math.inf:
+                raise ModelError(f"{name} is {weight}, expected 0 (the term is left out) or a positive number.")
         self.config = {
             "encoder": encoder.config,
             "final_dim": final_dim,
             "num_groups": num_groups,
             "num_codes": num_codes,
             "code_dim": code_dim,
-            "temperature": [float(value) for value in temperature],
+            "temperature": list(temperature),
             "num_negatives": num_negatives,
             "logit_temperature": logit_temperature,
             "dropout_features": dropout_features,

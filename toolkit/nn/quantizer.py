@@ -5,12 +5,15 @@ Letters: S masked frames, G groups, V codes per group, E channels per code.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ModelError
+from toolkit.nn.sizes import check_sizes
 
 PERPLEXITY_EPSILON = 1e-7
 """Inside the logarithm of the perplexity, as in fairseq."""
@@ -107,6 +110,18 @@ def perplexity(probs: Tensor) -> Tensor:
     return torch.exp(-(probs * torch.log(probs + PERPLEXITY_EPSILON)).sum(-1))
 
 
+def checked_temperature(temperature: Sequence[float]) -> tuple[float, float, float]:
+    """The quantizer's (start, end, decay) as numbers; raises ModelError."""
+    advice = "expected (start > 0, end > 0, decay in 0..1), as (2.0, 0.5, 0.999995)."
+    try:
+        start, end, decay = (float(value) for value in temperature)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"temperature is {temperature!r}, {advice}") from error
+    if not (0 < start < math.inf and 0 < end < math.inf and 0 < decay <= 1):
+        raise ModelError(f"temperature is {tuple(temperature)}, {advice}")
+    return start, end, decay
+
+
 class GumbelQuantizer(nn.Module):
     """Maps frames to one of V codes in each of G groups.
 
@@ -119,7 +134,8 @@ class GumbelQuantizer(nn.Module):
 
     Raises
     ------
-    ModelError : output_dim is no multiple of num_groups, or the temperatures are not positive.
+    ModelError : a size is no positive whole number, output_dim is no multiple of num_groups, or the temperatures are
+        not three positive numbers.
 
     Example
     -------
@@ -139,19 +155,15 @@ class GumbelQuantizer(nn.Module):
         temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995),
     ) -> None:
         super().__init__()
+        check_sizes(input_dim=input_dim, output_dim=output_dim, num_groups=num_groups, num_codes=num_codes)
         if output_dim % num_groups:
             raise ModelError(
                 f"the codes' width {output_dim} must be a multiple of the number of groups {num_groups}; change one."
             )
-        start, end, decay = temperature
-        if not (start > 0 and end > 0 and 0 < decay <= 1):
-            raise ModelError(
-                f"temperature is {tuple(temperature)}, expected (start > 0, end > 0, decay in 0..1), "
-                "as (2.0, 0.5, 0.999995)."
-            )
+        temperature = checked_temperature(temperature)
         self.fast = True  # False: plain formulas only, see toolkit.nn.fast.common.set_fast
         self.num_groups, self.num_codes = num_groups, num_codes
-        self.temperature = (float(start), float(end), float(decay))
+        self.temperature = temperature
         self.projection = nn.Linear(input_dim, num_groups * num_codes)
         self.codebook = nn.Parameter(torch.empty(num_groups, num_codes, output_dim // num_groups))
         nn.init.normal_(self.projection.weight)

@@ -244,7 +244,7 @@ def test_errors_name_the_utterance(tmp_path):
 
 def test_manifest_of_another_length_is_found(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(16000, dtype=np.float32), 16000)
-    for duration, fits in ((1.0, True), (1.49, True), (0.51, True), (1.7, False), (0.4, False)):
+    for duration, fits in ((1.0, True), (1.11, True), (0.92, True), (1.2, False), (0.9, False), (0.4, False)):
         table = Manifest.from_rows([{"ID": "a", "duration": duration, "wav": str(tmp_path / "a.wav")}])
         dataset = DynamicItemDataset(table, speech_items(16000), ["waveform"])
         if fits:
@@ -256,6 +256,54 @@ def test_manifest_of_another_length_is_found(tmp_path):
                 f"utterance a: {tmp_path / 'a.wav'} lasts 1.00 s where the manifest says {duration:.2f} s; "
                 "prepare the manifest again."
             )
+
+
+@pytest.mark.parametrize(
+    ("lasts", "duration", "fits"),
+    [
+        (0.30, 0.26, True),  # an MP3's frame in a short word
+        (0.30, 0.36, False),  # an eighth of it missing, though less than half a second
+        (3.03, 3.0, True),
+        (3.0, 3.29, True),
+        (3.0, 3.4, False),
+        (30.0, 30.45, True),
+        (30.0, 30.6, False),  # not a tenth of a long one
+    ],
+)
+def test_tolerated_differences_from_the_manifest(tmp_path, lasts, duration, fits):
+    soundfile.write(tmp_path / "a.wav", np.zeros(round(8000 * lasts), dtype=np.float32), 8000)
+    table = Manifest.from_rows([{"ID": "a", "duration": duration, "wav": str(tmp_path / "a.wav")}])
+    dataset = DynamicItemDataset(table, speech_items(8000), ["waveform"])
+    if fits:
+        assert len(dataset[0]["waveform"]) == round(8000 * lasts)
+    else:
+        with pytest.raises(AudioError, match="prepare the manifest again"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_crop_holds_no_padding_to_be_predicted(tmp_path, normalize):
+    """Whoever crops passes no lengths: a file that cannot fill its crop is bad audio, but for a part of a frame."""
+    soundfile.write(tmp_path / "a.wav", np.ones(16000, dtype=np.float32), 16000)
+    table = Manifest.from_rows([{"ID": "a", "duration": 1.08, "wav": str(tmp_path / "a.wav")}])
+    dataset = DynamicItemDataset(table, speech_items(16000, normalize), ["waveform"])
+    assert len(dataset.load(0, crop_samples=16400)["waveform"]) == 16000
+    assert len(dataset.load(0)["waveform"]) == 16000
+    with pytest.raises(AudioError) as caught:
+        dataset.load(0, crop_samples=17280)
+    assert str(caught.value) == (
+        f"utterance a: {tmp_path / 'a.wav'} lasts 1.000 s where the manifest says 1.080 s, too short for its crop of "
+        "1.080 s; prepare the manifest again."
+    )
+
+
+@pytest.mark.parametrize("rate", [22050.5, 0, 16, 1e6, float("nan"), float("inf"), True, "fast"])
+def test_sample_rate_is_a_whole_number_of_hertz(rate):
+    with pytest.raises(ConfigError) as caught:
+        speech_items(rate)
+    assert str(caught.value) == (
+        f"sample_rate is {rate!r}, expected a whole number of Hz from 1000 to 400000, as 16000."
+    )
 
 
 def test_dataset_can_be_sent_to_a_process(make_corpus):

@@ -132,7 +132,8 @@ BAD = {
     ),
     "number.json": (
         "3",
-        "{path} is neither a JSON object nor a list of objects; see the README for the kinds accepted.",
+        '{path} is neither a JSON object nor a list of objects; write {{ID: {{"wav": ..., "duration": ...}}}}, a list '
+        "of objects with ID, wav and duration, or one such object a line.",
     ),
     "flat.json": (
         '{"x": 3}',
@@ -176,6 +177,58 @@ BAD = {
         "{path}, line 2: the number of samples is '1.5', expected a whole number greater than 0; correct or "
         "delete the line.",
     ),
+    "many_frames.tsv": (
+        "/root\na.flac\t" + "9" * 5000 + "\n",
+        "{path}, line 2: the number of samples is '" + "9" * 39 + "..." + "9" * 9 + "', expected a whole number "
+        "greater than 0; correct or delete the line.",
+    ),
+    "semicolons.csv": (
+        "ID;duration;wav\nx;1;a.wav\n",
+        "{path}, line 1: the columns are separated by semicolons, expected commas; save the table with commas.",
+    ),
+    "tabs.csv": (
+        "id\taudio\tduration\nx\ta.wav\t1\n",
+        "{path}, line 1: the columns are separated by tabs, expected commas; save the table with commas, or name it "
+        ".tsv.",
+    ),
+    "long_whole.jsonl": (
+        '{"ID": "x", "duration": 1' + "0" * 400 + ', "wav": "a.wav"}\n',
+        "{path}, line 1: the duration is 1" + "0" * 39 + "..." + "0" * 10 + ", expected seconds greater than 0; "
+        "correct or delete the row, or prepare the manifest again.",
+    ),
+    "long_text.csv": (
+        "ID,duration,wav\nx," + "9" * 5000 + ",a.wav\n",
+        "{path}, line 2: the duration is '" + "9" * 39 + "..." + "9" * 9 + "', expected seconds greater than 0; "
+        "correct or delete the row, or prepare the manifest again.",
+    ),
+    "digits.jsonl": (
+        '{"ID": "x", "duration": ' + "9" * 5000 + ', "wav": "a.wav"}\n',
+        "{path}, line 1: a number has too many digits; correct the line.",
+    ),
+    "digits.json": (
+        '{"x": {"duration": ' + "9" * 5000 + "}}",
+        "{path}: a number has too many digits; correct the file.",
+    ),
+    "surrogate_name.jsonl": (
+        '{"ID": "x", "duration": 1, "wav": "a.wav", "\\ud800": "b"}\n',
+        "{path}: the column name '\\ud800' is not valid Unicode text; rename the column.",
+    ),
+    "deep.jsonl": (
+        '{"ID": "x", "duration": 1, "wav": ' + "[" * 200000 + "]" * 200000 + "}\n",
+        "{path}, line 1: lists or objects are nested too deeply; correct the line.",
+    ),
+    "deep.json": (
+        '{"x": ' + "[" * 200000 + "]" * 200000 + "}",
+        "{path}: lists or objects are nested too deeply; correct the file.",
+    ),
+    "surrogate_id.jsonl": (
+        '{"ID": "\\ud800", "duration": 1, "wav": "a.wav"}\n',
+        "{path}, line 1: the column ID is not valid Unicode text; correct the row.",
+    ),
+    "null_id.jsonl": (
+        '{"ID": null, "duration": 1, "wav": "a.wav"}\n',
+        "{path}, line 1: the ID is empty; give each utterance its own.",
+    ),
     "table.xlsx": ("", "{path} is of no known kind of manifest; name it .csv, .json, .jsonl, .tsv by its content."),
 }
 
@@ -188,6 +241,26 @@ def test_bad_manifests_are_told_in_one_sentence(tmp_path, name):
     with pytest.raises(ManifestError) as caught:
         read_manifest(path)
     assert str(caught.value) == sentence.format(path=path)
+
+
+def test_whole_numbers_from_0_are_ids(tmp_path):
+    (tmp_path / "m.jsonl").write_text(
+        "".join(json.dumps({"ID": number, "duration": 1, "wav": "a.wav"}) + "\n" for number in range(3))
+    )
+    assert list(read_manifest(tmp_path / "m.jsonl").ids) == ["0", "1", "2"]
+    rows = [{"ID": number, "duration": 1, "wav": "a.wav"} for number in range(2)]
+    assert list(Manifest.from_rows(rows).ids) == ["0", "1"]
+
+
+@pytest.mark.parametrize("depth", [400, 900, 990, 3000, 9000])
+def test_any_depth_is_read_or_told(tmp_path, depth):
+    """Whichever of reading and writing JSON gives up first."""
+    row = '{"ID": "x", "duration": 1, "wav": "a.wav", "more": ' + "[" * depth + "]" * depth + "}"
+    (tmp_path / "m.jsonl").write_text(row + "\n")
+    try:
+        assert len(read_manifest(tmp_path / "m.jsonl")) == 1
+    except ManifestError as error:
+        assert "nested too deeply" in str(error)
 
 
 def test_missing_manifest_and_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_orders():
 
 def test_accumulation_is_derived():
     durations = speech_durations(200)
-    cases = {(None, 1): 1, (40, 1): 1, (100, 1): 2, (160, 1): 4, (160, 3): 6, (10, 4): 4, (5760, 16): 144}
+    cases = {(None, 1): 1, (40, 1): 1, (100, 1): 3, (160, 1): 4, (160, 3): 6, (10, 4): 4, (5760, 16): 144}
     for (effective, world), micros in cases.items():
         sampler = BucketSampler(durations, batch_seconds=40, effective_batch=effective, world_size=world)
         assert sampler.micros_per_update == micros
@@ -172,6 +173,86 @@ def test_accumulation_is_derived():
     for (micros, world), lockstep in locksteps.items():
         sampler = BucketSampler(durations, batch_seconds=10, effective_batch=10 * micros, world_size=world)
         assert sampler.lockstep == lockstep, (micros, world)
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize(("effective", "budget"), [(16, 16), (16, 40), (100, 40), (60, 7), (100, 100)])
+def test_an_update_is_of_its_size_on_any_number_of_ranks(mode, world, effective, budget):
+    """Budgets shrink where the ranks together would take more; short recordings of 0.3 to 1 s."""
+    durations = np.random.Generator(np.random.PCG64(0)).uniform(0.3, 1.0, 2000)
+    arguments = {"batch_seconds": budget, "effective_batch": effective, "mode": mode}
+    sampler = BucketSampler(durations, world_size=world, **arguments)
+    assert sampler.batch_seconds == min(budget, effective / world)
+    assert sampler.micros_per_update % world == 0
+    assert sampler.update_seconds == pytest.approx(effective, rel=0.25)
+    assert "warning" not in sampler.report()
+
+
+def test_micro_batches_that_hold_half_their_budget_are_counted_as_they_are():
+    """One utterance of 9 s in each budget of 16 s: 18 of them make 160 s, not 10."""
+    sampler = BucketSampler([9.0] * 100, batch_seconds=16, effective_batch=160)
+    assert sampler.update_seconds == pytest.approx(160, rel=0.15)
+    wide = BucketSampler([9.0] * 320, batch_seconds=16, effective_batch=256)
+    assert (wide.lockstep, wide.micros_per_update) == (8, 32)
+    for world in (2, 4, 8):
+        other = BucketSampler([9.0] * 320, batch_seconds=16, effective_batch=256, world_size=world)
+        assert same_plan(other.plan(2), wide.plan(2))
+
+
+def test_report_says_when_an_update_is_not_of_its_size():
+    def last_line(durations, **arguments):
+        return BucketSampler(durations, **arguments).report().splitlines()[-1]
+
+    assert last_line([9.0] * 64, batch_seconds=16, effective_batch=16, world_size=8) == (
+        "warning: an update holds 72.1 s of audio, where effective_batch is 16 s, as each micro-batch holds one "
+        "utterance at least; raise effective_batch, or use fewer ranks."
+    )
+    assert last_line([11.0] * 64, batch_seconds=16, effective_batch=16) == (
+        "warning: an update holds 11.0 s of audio, where effective_batch is 16 s, as whole utterances of like length "
+        "go into micro-batches of 16 s at most; choose effective_batch and batch_seconds by the number above, or "
+        "another num_buckets."
+    )
+    assert last_line([1.0] * 10, batch_seconds=4, effective_batch=100) == (
+        "warning: an update holds 10.1 s of audio, where effective_batch is 100 s, all that there is in an epoch; "
+        "lower effective_batch."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"num_buckets": 2.5}, "num_buckets is 2.5, expected a whole number greater than 0."),
+        ({"max_batch_size": 1.5}, "max_batch_size is 1.5, expected a whole number greater than 0."),
+        ({"sample_rate": 22050.5}, "sample_rate is 22050.5, expected a whole number greater than 0."),
+        ({"num_buckets": True}, "num_buckets is True, expected a number greater than 0."),
+        ({"effective_batch": np.inf}, "effective_batch is inf, expected a number of 1e+09 at most; correct it."),
+        ({"batch_seconds": np.inf}, "batch_seconds is inf, expected a number of 1e+09 at most; correct it."),
+        ({"num_buckets": np.inf}, "num_buckets is inf, expected a number of 1e+09 at most; correct it."),
+        (
+            {"batch_seconds": 1e-9, "effective_batch": 16},
+            "effective_batch 16 s in micro-batches of batch_seconds 1e-09 s makes 1.6e+10 of them for one update, "
+            "expected 1,000,000 at most; both are seconds of audio: lower effective_batch or raise batch_seconds.",
+        ),
+        (
+            {"mode": "crop", "max_seconds": 0},
+            "max_seconds (crop_seconds in the YAML of a pretraining) is 0, expected a number greater than 0.",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_meant(arguments, sentence):
+    with pytest.raises(ConfigError) as caught:
+        BucketSampler([1.0, 2.0, 3.0], **{"batch_seconds": 4, **arguments})
+    assert str(caught.value) == sentence
+
+
+def test_numbers_at_the_limits_take_no_time():
+    """Not a loop over the micro-batches."""
+    started = time.monotonic()
+    assert BucketSampler([1.0] * 10, batch_seconds=1000, effective_batch=1e9).plan(0).num_batches == 1
+    assert BucketSampler([1.0] * 10, batch_seconds=1e-9).plan(0).num_batches == 10
+    assert BucketSampler([1.0] * 10, batch_seconds=1e9, mode="crop").plan(0).num_batches == 1
+    assert time.monotonic() - started < 2
 
 
 def test_crop_edge_is_the_shortest_utterance():

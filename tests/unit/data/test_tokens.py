@@ -181,6 +181,49 @@ def test_nothing_to_build_from_and_wrong_options():
     assert str(caught.value) == "token id 5 is outside the vocabulary of 5; the tokens do not belong to this model."
 
 
+@pytest.mark.parametrize("boundary", ["", " ", "\n", "a b", None, 3, ["|"]])
+def test_word_boundary_must_fit_a_line_of_the_dictionary(boundary):
+    """Saved, it would give a file that cannot be read."""
+    sentence = f"word_boundary is {boundary!r}, expected a symbol without white space, as '|' or '▁' or '␣'."
+    with pytest.raises(TokenError) as caught:
+        LetterTokenizer(["A"], word_boundary=boundary)
+    assert str(caught.value) == sentence
+    if boundary is not None:
+        with pytest.raises(TokenError) as caught:
+            LetterTokenizer.from_texts(["A B"], word_boundary=boundary)
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("symbol", ["", "\n"])
+def test_symbols_must_fit_a_line_of_the_dictionary(symbol):
+    with pytest.raises(TokenError) as caught:
+        LetterTokenizer(["A", symbol])
+    assert str(caught.value) == (
+        f"the list of symbols holds {symbol!r}, which no line of dict.ltr.txt can hold; leave it out."
+    )
+
+
+@pytest.mark.parametrize("factor", [0, -8, 2.5, True, None, 10**9])
+def test_padding_factor_is_a_whole_number(factor):
+    with pytest.raises(TokenError) as caught:
+        LetterTokenizer.from_texts(["A B"], padding_factor=factor)
+    assert str(caught.value) == f"padding_factor is {factor!r}, expected a whole number from 1 (none) to 1024."
+
+
+def test_id_outside_a_file_names_the_file(tmp_path):
+    path = tmp_path / "dict.txt"
+    path.write_text("A 5\n| 1\n")
+    with pytest.raises(TokenError) as caught:
+        LetterTokenizer.from_file(path).decode([4, 19])
+    assert str(caught.value) == (
+        f"token id 19 is outside the vocabulary of 6 in {path}; the tokens do not belong to this model: take the file "
+        "that was saved with it."
+    )
+    name = SentencePieceTokenizer.train(["abc de"] * 3, 8).save(tmp_path)
+    with pytest.raises(TokenError, match=f"the vocabulary of 8 in {tmp_path / name}; the tokens do not belong"):
+        SentencePieceTokenizer.from_file(tmp_path / name).decode([99])
+
+
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "char"])
 @pytest.mark.parametrize("script", ["english", "buckwalter", "mandarin", "arabic"])
 def test_sentencepiece_on_small_corpora(tmp_path, model_type, script):

@@ -168,3 +168,45 @@ def test_refusals():
         "num_negatives is 0 and logit_temperature 0.1; the first must be at least 1 and the second above 0, "
         "as 100 and 0.1."
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_codes": 0}, "num_codes is 0, expected a whole number, 1 or more."),
+        ({"num_groups": 0}, "num_groups is 0, expected a whole number, 1 or more."),
+        ({"num_groups": 2.0}, "num_groups is 2.0, expected a whole number, 1 or more."),
+        ({"final_dim": 0}, "final_dim is 0, expected a whole number, 1 or more."),
+        ({"code_dim": 2.5}, "code_dim is 2.5, expected a whole number, 1 or more."),
+        ({"num_negatives": 2.5}, "num_negatives is 2.5, expected a whole number, 0 or more."),
+        ({"penalty_weight": -1}, "penalty_weight is -1, expected 0 (the term is left out) or a positive number."),
+        (
+            {"diversity_weight": math.nan},
+            "diversity_weight is nan, expected 0 (the term is left out) or a positive number.",
+        ),
+        (
+            {"temperature": [1]},
+            "temperature is [1], expected (start > 0, end > 0, decay in 0..1), as (2.0, 0.5, 0.999995).",
+        ),
+        ({"encoder_changes": {"pos_groups": 0}}, "pos_groups is 0, expected a whole number, 1 or more."),
+        ({"encoder_changes": {"num_heads": 0}}, "num_heads is 0, expected a whole number, 1 or more."),
+        ({"encoder_changes": {"num_layers": -1}}, "num_layers is -1, expected a whole number, 0 or more."),
+        ({"encoder_changes": {"min_masks": 0.5}}, "min_masks is 0.5, expected a whole number, 0 or more."),
+        (
+            {"encoder_changes": {"feature_grad_mult": math.nan}},
+            "feature_grad_mult is nan, expected 0 (frozen) or a positive factor.",
+        ),
+        (
+            {"encoder_changes": {"conv_layers": [1]}},
+            "conv_layers is [1]; expected at least one (channels, kernel, stride), all positive.",
+        ),
+        (
+            {"encoder_changes": {"conv_layers": [["a", 1, 1]]}},
+            "conv_layers is [['a', 1, 1]]; expected at least one (channels, kernel, stride), all positive.",
+        ),
+    ],
+)
+def test_settings_that_make_no_model(settings, sentence):
+    with pytest.raises(ModelError) as error:
+        pretraining(**settings)
+    assert str(error.value) == sentence

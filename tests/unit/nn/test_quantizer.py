@@ -96,3 +96,17 @@ def test_refusals():
     assert str(error.value) == (
         "temperature is (2.0, 0.0, 0.9), expected (start > 0, end > 0, decay in 0..1), as (2.0, 0.5, 0.999995)."
     )
+
+
+@pytest.mark.parametrize("name", ["input_dim", "output_dim", "num_groups", "num_codes"])
+@pytest.mark.parametrize("value", [0, -2, 2.5, "2", None, True])
+def test_sizes_are_positive_whole_numbers(name, value):
+    with pytest.raises(ModelError) as error:
+        GumbelQuantizer(**{"input_dim": 4, "output_dim": 4, name: value})
+    assert str(error.value) == f"{name} is {value!r}, expected a whole number, 1 or more."
+
+
+@pytest.mark.parametrize("value", [[1], [2, 1, 0.9, 0.9], 3, ["a", 1, 1], None, [math.inf, 1, 1], [1, 1, math.nan]])
+def test_temperature_is_three_positive_numbers(value):
+    with pytest.raises(ModelError, match=r"temperature is .*, expected \(start > 0, end > 0, decay in 0\.\.1\), as"):
+        GumbelQuantizer(input_dim=4, output_dim=4, temperature=value)

@@ -14,6 +14,7 @@ import pytest
 import soundfile as sf
 
 from recipes.LibriSpeech import librispeech_prepare as prepare
+from toolkit.data import corpus_scan
 from toolkit.errors import ConfigError, ManifestError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -185,7 +186,7 @@ def test_unchanged_is_reused_and_changed_is_not(tmp_path: Path, tree: Path) -> N
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, tree: Path, monkeypatch) -> None:
     looked_at: list[str] = []
-    whole = prepare.inspect_file
+    whole = corpus_scan.inspect_file
 
     def stops(path: str, check: str) -> dict:
         if len(looked_at) == 7:
@@ -193,7 +194,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, tree: Path,
         looked_at.append(path)
         return whole(path, check)
 
-    monkeypatch.setattr(prepare, "inspect_file", stops)
+    monkeypatch.setattr(corpus_scan, "inspect_file", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tree, tmp_path / "out", splits=[DEV])
     memory = tmp_path / "out" / "scan" / "dev-clean.jsonl"
@@ -205,7 +206,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, tree: Path,
         looked_at.append(path)
         return whole(path, check)
 
-    monkeypatch.setattr(prepare, "inspect_file", counts)
+    monkeypatch.setattr(corpus_scan, "inspect_file", counts)
     manifest = run(tree, tmp_path / "out", splits=[DEV])[DEV]
     assert len(rows(manifest)) == 13
     assert len(looked_at) - 100 == 6 and not set(first) & set(looked_at[100:])
@@ -213,7 +214,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, tree: Path,
 
 def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = run(TINY, tmp_path / "one")[TRAIN].read_text()
-    monkeypatch.setattr(prepare, "FEW_FILES", 1)
+    monkeypatch.setattr(corpus_scan, "FEW_FILES", 1)
     together = prepare.prepare_librispeech(TINY, tmp_path / "two", splits=[TRAIN], num_workers=2)[TRAIN].read_text()
     assert alone == together
 
@@ -275,11 +276,99 @@ def test_listed_subset(tmp_path: Path) -> None:
         ({"subset_lists": ["ids.txt"]}, ConfigError, "subset_lists has 'ids.txt'; write NAME=FILE"),
         ({"min_duration": 9, "max_duration": 3}, ConfigError, "min_duration 9 s is above max_duration 3 s"),
         ({"subset_lists": ["a=nowhere.txt"]}, ManifestError, "a: the file 'nowhere.txt' does not exist"),
+        ({"subset_lists": ["a=/"]}, ManifestError, "a: the file '/' is a folder, not a file; check the path"),
+        ({"subset_lists": [1]}, ConfigError, "subset_lists holds 1, expected names; put quotes round a name"),
+        ({"splits": [100]}, ConfigError, "splits holds 100, expected names; put quotes round a name"),
+        ({"splits": DEV}, ConfigError, "splits is 'dev-clean', expected a list; write .dev-clean."),
+        ({"min_duration": float("nan")}, ConfigError, "min_duration is nan; take seconds, 0 or more, or leave it out"),
+        ({"max_duration": -1}, ConfigError, "max_duration is -1; take seconds, 0 or more, or leave it out"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, options: dict, error: type, sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         run(TINY, tmp_path, **options)
+
+
+def test_wrong_number_of_processes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_workers is -1; take a whole number, 0 or more, or leave it out"):
+        prepare.prepare_librispeech(TINY, tmp_path, num_workers=-1)
+
+
+@pytest.mark.parametrize("entry", [100, None])
+def test_entries_that_are_no_names(tmp_path: Path, entry: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare.librispeech_manifests([DEV, entry], data_folder=TINY, manifest_folder=tmp_path)
+    assert str(caught.value) == (
+        f"train_splits, valid_splits or test_splits holds {entry}, expected names; put quotes round a name that is a "
+        "number, and write [] for none."
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"[]", b'{"dev-clean": 3, "folders": 4}', b'{"dev-clean": {}}', b'{"x": {"hours": NaN}}', b"\xff\xfe\x00", b"3"],
+)
+def test_a_damaged_summary_is_written_anew(tmp_path: Path, damage: bytes) -> None:
+    manifest = run(TINY, tmp_path, splits=[DEV], check="header")[DEV]
+    written, summary = manifest.read_bytes(), tmp_path / "librispeech_prepare.json"
+    summary.write_bytes(damage)
+    assert run(TINY, tmp_path, splits=[DEV], check="header")[DEV].read_bytes() == written
+    assert json.loads(summary.read_text())[DEV]["utterances"] == 13
+
+
+@pytest.mark.parametrize("damage", [b"1\n", b"\xff\xfe\n", b"{}\n", b'{"file": 3}\n', b"[" * 200000 + b"\n"])
+def test_damaged_lines_of_the_scan_are_passed_over(tmp_path: Path, damage: bytes) -> None:
+    memory = tmp_path / "scan" / "dev-clean.jsonl"
+    run(TINY, tmp_path, splits=[DEV], check="header")
+    lines = memory.read_bytes().splitlines(keepends=True)
+    fact = json.loads(lines[1]) | {"frames": "many"}
+    memory.write_bytes(lines[0] + damage + json.dumps(fact).encode() + b"\n" + b"".join(lines[2:]))
+    (tmp_path / "dev-clean.csv").unlink()
+    assert len(rows(run(TINY, tmp_path, splits=[DEV], check="header")[DEV])) == 13
+    assert memory.read_bytes().endswith(lines[1])  # looked at again, only this one
+    assert len(memory.read_bytes().splitlines()) == 15
+
+
+def test_list_that_is_not_text(tmp_path: Path) -> None:
+    listed = tmp_path / "ids.txt"
+    listed.write_bytes(b"1737-146161-0007\n\xff\xfe")
+    with pytest.raises(ManifestError) as caught:
+        run(TINY, tmp_path / "out", splits=[DEV], subset_lists=[f"mine={listed}"], check="header")
+    assert str(caught.value) == f"{listed}: not UTF-8 at byte 17; save it as UTF-8."
+
+
+def test_transcripts_with_a_byte_order_mark_and_tabs(tmp_path: Path, tree: Path) -> None:
+    whole = run(tree, tmp_path / "whole", splits=[DEV], check="header")[DEV].read_text()
+    for trans in (tree / DEV).rglob("*.trans.txt"):
+        lines = trans.read_text().splitlines()
+        trans.write_text("\r\n".join(line.replace(" ", "\t", 1) for line in lines), encoding="utf-8-sig")
+    assert run(tree, tmp_path / "edited", splits=[DEV], check="header")[DEV].read_text() == whole
+
+
+def test_folders_that_are_files_or_cannot_be_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ManifestError) as caught:
+        run(file, tmp_path / "out")
+    assert str(caught.value) == (
+        f"data_folder {str(file)!r} is a file, not a folder; give the folder that holds dev-clean/ etc."
+    )
+    for below in (file, file / "out"):
+        with pytest.raises(ConfigError) as caught:
+            run(TINY, below)
+        assert str(caught.value) == f"the output folder {below} lies at or under a file; choose another name."
+    if Path("/proc/self").is_dir():
+        with pytest.raises(ConfigError) as caught:
+            run(TINY, Path("/proc/x"))
+        assert str(caught.value) == (
+            "the output folder /proc/x cannot be made (No such file or directory); choose another folder."
+        )
+
+
+def test_options_are_not_abbreviated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepare.main(["--data_folder", str(TINY), "--output_folder", str(tmp_path), "--split", DEV])
+    assert "unrecognized arguments: --split dev-clean" in capsys.readouterr().err
 
 
 def test_wrong_folders_and_doubled_lines(tmp_path: Path, tree: Path) -> None:
