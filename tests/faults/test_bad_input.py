@@ -331,7 +331,8 @@ def test_missing_placeholders_are_all_listed_with_their_meaning(output, tmp_path
     refused(TEMPLATE, digits_words(output, train_manifest=None),
             f"{YAML} needs a value that only you know; add to the command line:\n"
             "  --train_manifest VALUE    Manifest of the training recordings: CSV with ID, duration (seconds), wav "
-            "(path) and wrd (transcript), or JSON, JSONL, fairseq tsv. Several: --train_splits \"[a.csv, b.csv]\"."
+            "(path) and wrd (transcript), or JSON, JSONL, fairseq tsv. Several: "
+            "--train_manifest a.csv --train_splits \"[a.csv, b.csv]\"."
             )  # fmt: skip
     words = digits_words(output, train_manifest=None)
     words[0] = str(tmp_path / "mine.yaml")

@@ -27,6 +27,8 @@ def interrupted(words: list[str], reached: Path, *, processes: int = 1) -> Ended
     process = subprocess.Popen(
         command_line(TEMPLATE, words, processes), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
+        # as at a terminal: a shell that runs the tests in the background has them, and their children, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120

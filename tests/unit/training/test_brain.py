@@ -442,6 +442,14 @@ def saved_updates(folder):
     return [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """Ctrl-C as at a terminal: a shell that runs the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(*, update, stage=Stage.TRAIN, times=1, number=signal.SIGINT):
     """A Regression that sends itself signals in the forward pass of an update, or of a validation after it."""
 
