@@ -200,8 +200,9 @@ def test_a_bad_file_in_the_validation_costs_nothing_of_the_training(output, mani
     keys = {"valid_manifest": path, "batch_seconds": 3, "effective_batch": 6, "max_updates": 3,
             "valid_interval_updates": 50}  # fmt: skip
     sentence = (
-        "1 of 12 utterances have bad audio, more than max_bad_share 0.01 allows; mend the files, remove them from the "
-        f"manifest, or raise max_bad_share. utterance {rows[0]['ID']}: /nowhere/last.flac does not exist; check the "
+        "1 of 12 utterances have bad audio, more than max_bad_share 0.01 allows; mend the files or raise max_bad_share "
+        "to go on, or remove them from the manifest and take another output_folder. "
+        f"utterance {rows[0]['ID']}: /nowhere/last.flac does not exist; check the "
         "paths in the manifest and the data folder."
     )
     ended = run_here(TEMPLATE, digits_words(output, **keys))

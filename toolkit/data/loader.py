@@ -163,6 +163,11 @@ class Loader:
         """Updates of each epoch, the same on all ranks."""
         return self.sampler.updates_per_epoch
 
+    @property
+    def plan_digest(self) -> str:
+        """Equal where the updates hold the same utterances; empty for samplers that do not say."""
+        return getattr(self.sampler, "plan_digest", "")
+
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches of ``epoch``, from update ``first_update`` on (nothing before it is loaded).
 
@@ -277,7 +282,8 @@ class Loader:
         more = f" (and {len(sentences) - NAMED} more)" if len(sentences) > NAMED else ""
         raise AudioError(
             f"{len(self.bad)} of {len(self.dataset)} utterances have bad audio, more than max_bad_share "
-            f"{self.max_bad_share:g} allows; mend the files, remove them from the manifest, or raise max_bad_share. "
+            f"{self.max_bad_share:g} allows; mend the files or raise max_bad_share to "
+            "go on, or remove them from the manifest and take another output_folder. "
             f"{' '.join(sentences[:NAMED])}{more}"
         )
 

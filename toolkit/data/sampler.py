@@ -7,6 +7,7 @@ update.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -58,9 +59,8 @@ class BucketSampler:
     of the world size nearest to ``effective_batch / batch_seconds`` (corrected where batches hold much less than their
     budget), in groups of ``L`` from one bucket, so that the plan is the same for every world size that divides ``L``.
     Where the ranks together would take more than ``effective_batch`` at once, their budgets shrink to their share of
-    it. Utterances that fill no whole group of their
-    bucket move to the next one (up when padding, down when cropping), others in every epoch; the last ones make a
-    smaller group at the end. Nothing is dropped and nothing comes twice.
+    it. Utterances that fill no whole group of their bucket move to the next one (up when padding, down when cropping),
+    others in every epoch; the last ones make a smaller group at the end. Nothing is dropped and nothing comes twice.
 
     Arguments
     ---------
@@ -186,6 +186,16 @@ class BucketSampler:
     def updates_per_epoch(self) -> int:
         """Optimizer updates of an epoch, the same in every epoch; the last one may hold fewer micro-batches."""
         return -(-self.batches_per_epoch // self.micros_per_update)
+
+    @property
+    def plan_digest(self) -> str:
+        """Equal where the epochs' updates hold the same utterances, whatever the number of ranks (hexadecimal)."""
+        layout = self.layout
+        content = hashlib.sha256(repr((self.micros_per_update, self.mode, self.order, self.seed)).encode())
+        for values in (layout.edges, layout.batch_sizes, layout.bucket_of, layout.groups):
+            content.update(np.ascontiguousarray(values).tobytes())
+        content.update(repr((layout.remainder, layout.final_bucket, layout.lockstep)).encode())
+        return content.hexdigest()[:16]
 
     @property
     def epoch_seconds(self) -> float:

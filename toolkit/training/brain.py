@@ -498,6 +498,7 @@ class Brain:
     def _prepare_fit(self, train_loader: MicroBatches) -> None:
         self.progress.length.require_limit()
         self.progress.updates_per_epoch = train_loader.updates_per_epoch
+        self.progress.plan_digest = getattr(train_loader, "plan_digest", "")
         if self.progress.updates_per_epoch < 1:
             raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
         self.optimizer = self.init_optimizers()

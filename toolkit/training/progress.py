@@ -26,6 +26,7 @@ class Progress:
         self.length, self.world = length, world
         self.update = self.epoch = self.epoch_update = 0
         self.updates_per_epoch = 1
+        self.plan_digest = ""
         self.row_sums, self.epoch_sums, self.meter = MetricSums(), MetricSums(), Meter()
         self.audio_seconds = self.train_seconds = 0.0
         self.best: dict[str, Any] = {}
@@ -81,6 +82,7 @@ class Progress:
             "epoch": self.epoch,
             "epoch_update": self.epoch_update,
             "updates_per_epoch": self.updates_per_epoch,
+            "plan_digest": self.plan_digest,
             "length": self.length.state_dict(),
             "row_sums": self.row_sums.reduce(self.world).state_dict(),
             "epoch_sums": self.epoch_sums.reduce(self.world).state_dict(),
@@ -109,6 +111,13 @@ class Progress:
         self._since_row = {name: float(value) for name, value in state["since_row"].items()}
         self.audio_seconds, self.train_seconds = float(state["audio_seconds"]), float(state["train_seconds"])
         self.best, self.final = dict(state["best"]), dict(state["final"])
+        planned = str(state.get("plan_digest", ""))
+        if before == self.updates_per_epoch and planned and self.plan_digest and planned != self.plan_digest:
+            return (
+                "the updates of an epoch hold other utterances than when the checkpoint was saved (was "
+                "effective_batch, batch_seconds or the number of processes changed?); in this epoch some may come "
+                "twice or not at all."
+            )
         if before == self.updates_per_epoch:
             return None
         return (

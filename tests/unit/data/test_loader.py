@@ -219,8 +219,8 @@ def test_too_much_bad_audio_ends_the_run(make_corpus, workers):
         list(loader.epoch(0))
     message = str(caught.value)
     assert message.startswith(
-        f"{len(loader.bad)} of 40 utterances have bad audio, more than max_bad_share 0.1 allows; mend the files, "
-        "remove them from the manifest, or raise max_bad_share. utterance utt0"
+        f"{len(loader.bad)} of 40 utterances have bad audio, more than max_bad_share 0.1 allows; mend the files or "
+        "raise max_bad_share to go on, or remove them from the manifest and take another output_folder. utterance utt0"
     )
     assert 5 <= len(loader.bad) <= 8
     assert sum(f"utterance {identity}: " in message for identity in loader.bad) == 5

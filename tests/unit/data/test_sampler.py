@@ -377,3 +377,16 @@ def test_evaluation_takes_all_in_order_of_length(world):
 def test_evaluation_batches_use_the_budget():
     plan = EvaluationSampler(np.full(100, 5.0), batch_seconds=50).plan(0)
     assert np.diff(plan.batch_offsets).tolist() == [10] * 10
+
+
+def test_the_plan_is_known_by_its_digest():
+    durations = np.random.default_rng(3).uniform(0.5, 3.0, 300)
+
+    def digest(**options):
+        values = {"batch_seconds": 8.0, "effective_batch": 32.0, "seed": 1, **options}
+        return BucketSampler(durations, **values).plan_digest
+
+    assert digest() == digest(world_size=2) == digest(world_size=4)
+    # eight ranks get 4 s each
+    others = [digest(world_size=8), digest(batch_seconds=4.0), digest(effective_batch=64.0), digest(seed=2)]
+    assert digest() not in others
