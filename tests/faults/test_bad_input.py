@@ -157,8 +157,9 @@ def test_audio_that_cannot_be_used(output, manifest, name, workers):
     sentence = f"{ODD_AUDIO / name} {words}"
     keys = {"train_manifest": path, "max_updates": 4, "num_workers": workers}
     refused(TEMPLATE, digits_words(output, **keys),
-            "1 of 50 utterances have bad audio, more than max_bad_share 0.01 allows; mend the files, remove them from "
-            f"the manifest, or raise max_bad_share. utterance 0_jackson_5: {sentence}")  # fmt: skip
+            "1 of 50 utterances have bad audio, more than max_bad_share 0.01 allows; mend the files or raise "
+            "max_bad_share to go on, or remove them from the manifest and take another output_folder. "
+            f"utterance 0_jackson_5: {sentence}")  # fmt: skip
     tolerated = run_here(TEMPLATE, digits_words(output, **keys, max_bad_share=0.02))
     assert tolerated.code == 0
     assert tolerated.stderr.splitlines().count(f"left out 0_jackson_5: {sentence}") == 1
