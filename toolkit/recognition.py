@@ -15,6 +15,7 @@ from toolkit.data.tokens import Tokenizer, load_tokenizer
 from toolkit.decoding.ctc import describe_impossible, greedy_decode
 from toolkit.decoding.scoring import WordErrors
 from toolkit.errors import CheckpointError
+from toolkit.models.convert import load_encoder
 from toolkit.models.ctc import CTCModel, CTCOutput
 from toolkit.models.folder import load_model, read_model_config, save_model_folder
 from toolkit.models.pretrainer import describe_hearing
@@ -122,8 +123,8 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     if config is None:
         encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
     else:
-        from_folder = partial(Wav2Vec2Encoder.from_folder, folder)
-        encoder = construct(from_folder, types=Wav2Vec2Encoder, encoder_training=training)
+        from_file = partial(load_encoder, folder)
+        encoder = construct(from_file, types=Wav2Vec2Encoder, encoder_training=training)
         encoder.transformer.reset_layers(hparams["reset_layers"])
         fresh = f"; its last {hparams['reset_layers']} layers start anew" if hparams["reset_layers"] else ""
         experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {folder}{fresh}")

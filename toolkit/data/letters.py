@@ -182,6 +182,11 @@ class LetterTokenizer:
         return len(self._ids)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The symbol of each id, the four special ones included."""
+        return SPECIALS + self.symbols
+
+    @property
     def config(self) -> dict[str, Any]:
         """What ``config.json`` of a model folder says under "tokens"."""
         return {

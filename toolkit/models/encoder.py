@@ -9,7 +9,6 @@ mode) does not; masks that are given take the same way as masks that are drawn.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -22,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.errors import CheckpointError, ModelError, ToolkitError
-from toolkit.models.model_files import load_tensors, read_model_folder
+from toolkit.errors import CheckpointError, ModelError
 from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
 from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask
@@ -158,7 +156,7 @@ class Wav2Vec2Encoder(nn.Module):
         try:
             conv_layers = tuple(tuple(int(n) for n in layer) for layer in conv_layers)
         except (TypeError, ValueError) as error:
-            if isinstance(conv_layers, str):  # of a foreign config.json: from_folder says so
+            if isinstance(conv_layers, str):  # of a foreign config.json: its reader says so
                 raise
             raise ModelError(
                 f"conv_layers is {conv_layers}; expected at least one (channels, kernel, stride), all positive."
@@ -195,38 +193,6 @@ class Wav2Vec2Encoder(nn.Module):
         self.mask_prob, self.mask_length, self.min_masks = mask_prob, mask_length, min_masks
         self.mask_channel_prob, self.mask_channel_length = mask_channel_prob, mask_channel_length
         self.equal_mask_counts = equal_mask_counts
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Encoder:
-        """The encoder in a model folder of any kind, with its weights.
-
-        Arguments
-        ---------
-        folder : a ``model/`` folder of a pretraining, CTC or encoder run.
-        overrides : constructor arguments to replace, such as dropouts, masks and feature_grad_mult.
-
-        Raises
-        ------
-        CheckpointError : the folder cannot be used, or an override changes a weight's shape.
-        ModelError : an override is no argument of the encoder.
-        """
-        contents = read_model_folder(folder)
-        settings = encoder_settings(contents.config.architecture, source=folder)
-        if unknown := sorted(overrides.keys() - _ENCODER_ARGUMENTS):
-            nearest = difflib.get_close_matches(unknown[0], _ENCODER_ARGUMENTS, 1, 0.0)[0]
-            raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
-        try:
-            encoder = cls(**settings | overrides)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, ToolkitError):
-                raise
-            raise CheckpointError(
-                f"{folder}: the settings in config.json make no encoder ({error}); was the folder written by another "
-                "program?"
-            ) from error
-        tensors = contents.tensors if contents.config.kind == "wav2vec2_encoder" else contents.part("encoder")
-        load_tensors(encoder, tensors, source=folder)
-        return encoder
 
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of waveforms of ``lengths`` samples: (batch,) int64, at least one each."""
@@ -361,7 +327,8 @@ class Wav2Vec2Encoder(nn.Module):
         return hidden
 
 
-_ENCODER_ARGUMENTS = frozenset(inspect.signature(Wav2Vec2Encoder).parameters)
+ENCODER_ARGUMENTS = frozenset(inspect.signature(Wav2Vec2Encoder).parameters)
+"""Names of the encoder's settings."""
 
 
 def encoder_settings(architecture: Mapping[str, Any], *, source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -372,7 +339,7 @@ def encoder_settings(architecture: Mapping[str, Any], *, source: str | os.PathLi
     CheckpointError : an argument that the encoder does not have.
     """
     inner = architecture.get("encoder", architecture)
-    if not isinstance(inner, Mapping) or (unknown := sorted(set(inner) - _ENCODER_ARGUMENTS)):
+    if not isinstance(inner, Mapping) or (unknown := sorted(set(inner) - ENCODER_ARGUMENTS)):
         what = f"the setting {unknown[0]!r}" if isinstance(inner, Mapping) else "no settings"
         raise CheckpointError(f"{source}: config.json has {what} for the encoder, which this version cannot build.")
     return dict(inner)

@@ -10,7 +10,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.models.model_files import ModelConfig, load_tensors, read_model_config, read_model_folder
+from toolkit.models.convert.load import check_difference
+from toolkit.models.convert.read import read_pretrained
+from toolkit.models.model_files import ModelConfig, load_tensors, read_model_config
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Pretrainer:
         return [self._load(name, path) for name, path in self.paths.items() if path is not None]
 
     def _load(self, name: str, path: str | os.PathLike[str]) -> LoadedPart:
-        contents = read_model_folder(path)
+        contents = read_pretrained(path)
+        # What is missing is judged by the part, below.
+        check_difference(contents, path, allow_missing=["*"], allow_unexpected=self.allow_unexpected)
         module = self.loadables[name]
         own, theirs = module.state_dict().keys(), contents.part(name)
         # The encoder's own names never start with its part's name, so only whole encoders fall back to all tensors.
@@ -148,9 +152,7 @@ def load_whole_model(
     return config.sample_rate, config.normalize
 
 
-def describe_hearing(
-    config: ModelConfig, folder: str | os.PathLike[str], *, sample_rate: int, normalize: bool
-) -> str:
+def describe_hearing(config: ModelConfig, folder: str | os.PathLike[str], *, sample_rate: int, normalize: bool) -> str:
     """A sentence on what audio the model of ``folder`` hears, and on the settings that do not count beside it.
 
     Example

@@ -13,9 +13,9 @@ from tests.unit.models.tiny import batch, encoder, pretraining
 from toolkit.data.tokens import LetterTokenizer, load_tokenizer
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models import model_files
+from toolkit.models.convert import load_encoder
 from toolkit.models.ctc import CTCModel
 from toolkit.models.folder import load_model, read_model_config, read_model_folder, save_model_folder
-from toolkit.models.wav2vec2 import Wav2Vec2Encoder
 from toolkit.seeds import Randomness
 
 RNG = Randomness(1)
@@ -61,7 +61,7 @@ def test_the_tokenizer_comes_along(tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_encoder_of_any_folder(tmp_path, kind):
     model, folder = save(tmp_path / "model", kind)
-    loaded = Wav2Vec2Encoder.from_folder(folder, dropout=0.3, mask_prob=0.2)
+    loaded = load_encoder(folder, dropout=0.3, mask_prob=0.2)
     source = model if kind == "wav2vec2_encoder" else model.encoder
     for name, value in source.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
@@ -71,10 +71,10 @@ def test_the_encoder_of_any_folder(tmp_path, kind):
 def test_overrides_that_cannot_be(tmp_path):
     _, folder = save(tmp_path / "model")
     with pytest.raises(ModelError) as error:
-        Wav2Vec2Encoder.from_folder(folder, drop_out=0.3)
+        load_encoder(folder, drop_out=0.3)
     assert str(error.value) == "the encoder has no argument 'drop_out'; did you mean 'dropout'?"
     with pytest.raises(CheckpointError) as error:
-        Wav2Vec2Encoder.from_folder(folder, ffn_dim=64)
+        load_encoder(folder, ffn_dim=64)
     assert str(error.value).startswith(f"{folder}: transformer.layers.")
     assert "has the shape" in str(error.value) and "the model's is" in str(error.value)
 

@@ -1,0 +1,96 @@
+"""Any file or folder of a model, recognized by its content and read into the toolkit's own terms."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.tokens import LetterTokenizer, load_tokenizer
+from toolkit.errors import CheckpointError
+from toolkit.models.convert.common import Converted, PretrainedInfo
+from toolkit.models.convert.fairseq import is_fairseq, read_fairseq
+from toolkit.models.convert.huggingface import is_huggingface, read_huggingface
+from toolkit.models.convert.speechbrain import is_speechbrain, read_speechbrain
+from toolkit.models.convert.torchaudio import is_torchaudio, read_torchaudio
+from toolkit.models.convert.unpickle import read_pickle
+from toolkit.models.model_files import CONFIG_FILE, FORMAT, read_model_folder
+
+KNOWN = (
+    "a model/ folder of this toolkit, a fairseq checkpoint (.pt), a Hugging Face folder (config.json with "
+    "model.safetensors or pytorch_model.bin), a torchaudio state dict, or SpeechBrain's saved pretraining folder"
+)
+
+
+def read_pretrained(path: str | os.PathLike[str]) -> Converted:
+    """Read a model of any known kind; no code of the file runs, whoever wrote it.
+
+    Arguments
+    ---------
+    path : file or folder.
+
+    Raises
+    ------
+    CheckpointError : there is no such file, it is damaged, of no known form, or of a model that the toolkit lacks.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder; give {KNOWN}.")
+    if path.suffix == ".safetensors" or _beside_huggingface(path):
+        return _read_folder(path.parent, weights=path)
+    contents = read_pickle(path)
+    if is_fairseq(contents):
+        return read_fairseq(contents, path)
+    if is_torchaudio(contents):
+        return read_torchaudio(contents, path)
+    raise CheckpointError(f"{path}: the file holds no model that is known here; give {KNOWN}.")
+
+
+def _read_folder(folder: Path, weights: Path | None = None) -> Converted:
+    config = _json_config(folder)
+    if config is not None and config.get("format") == FORMAT:
+        return _read_own(folder)
+    if config is not None and is_huggingface(config):
+        return read_huggingface(folder, weights)
+    if is_speechbrain(folder):
+        return read_speechbrain(folder)
+    if config is not None:
+        return _read_own(folder)  # its error says what is wrong with config.json
+    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing; give {KNOWN}.")
+
+
+def _json_config(folder: Path) -> dict[str, Any] | None:
+    """The object in ``config.json``; None without the file."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: this is no whole JSON file ({error}); copy the folder again.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _beside_huggingface(path: Path) -> bool:
+    """Whether a weights file lies in a Hugging Face folder, under the name that such folders use."""
+    if path.name != "pytorch_model.bin":
+        return False
+    config = _json_config(path.parent)
+    return config is not None and is_huggingface(config)
+
+
+def _read_own(folder: Path) -> Converted:
+    contents = read_model_folder(folder)
+    tokenizer = load_tokenizer(folder) if contents.config.tokens else None
+    letters = tokenizer if isinstance(tokenizer, LetterTokenizer) else None
+    info = PretrainedInfo(
+        kind=contents.config.kind,
+        source="toolkit",
+        sample_rate=contents.config.sample_rate,
+        normalize=contents.config.normalize,
+        labels=None if letters is None else letters.labels,
+    )
+    return Converted(contents.config, contents.tensors, info, tokenizer=tokenizer)
