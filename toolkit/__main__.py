@@ -1,4 +1,4 @@
-"""The toolkit's own command: ``python -m toolkit devices | inspect PATH | curves RUN ... | recipes``."""
+"""The toolkit's own command: ``python -m toolkit devices | inspect PATH | convert IN OUT --to FORM | ...``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from safetensors import SafetensorError, safe_open
 from toolkit import curves
 from toolkit.data.manifest import read_manifest
 from toolkit.errors import CheckpointError, ConfigError, run_main
-from toolkit.models.folder import read_model_config
+from toolkit.models.convert.common import Converted, describe_difference
+from toolkit.models.convert.load import build_converted
+from toolkit.models.convert.read import KNOWN, read_pretrained
+from toolkit.models.convert.speechbrain import is_speechbrain
+from toolkit.models.convert.write import WRITERS, write_pretrained
+from toolkit.models.model_files import read_model_config
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.checkpoint_format import CHECKSUMS_NAME, problem_of, read_state
 from toolkit.training.devices import device_table
 from toolkit.training.hparams import help_text
 
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
 
 
@@ -31,7 +37,7 @@ def show_devices(arguments: argparse.Namespace) -> int:
 
 
 def show_path(arguments: argparse.Namespace) -> int:
-    """Print what a model folder, a checkpoint, a run's output folder, a manifest, a YAML or a tensor file is."""
+    """Print what a model of any kind, a checkpoint, a run's output folder, a manifest, a YAML or a tensor file is."""
     path = Path(arguments.path)
     if not path.exists():
         raise ConfigError(f"there is no {path}; check the path.")
@@ -40,9 +46,19 @@ def show_path(arguments: argparse.Namespace) -> int:
             print("\n".join(describe(path)))
             return 0
     raise ConfigError(
-        f"{path} is none of these: a model folder, a checkpoint, the output folder of a run, a manifest "
+        f"{path} is none of these: a model, a checkpoint or the output folder of a run, a manifest "
         f"({', '.join(MANIFEST_SUFFIXES)}), a recipe's YAML or a .safetensors file."
     )
+
+
+def convert_model(arguments: argparse.Namespace) -> int:
+    """Read a model of any known kind and write it in another form."""
+    converted = read_pretrained(arguments.source)
+    print("\n".join(_describe_converted(Path(arguments.source), converted)))
+    build_converted(converted, arguments.source, arguments.allow_missing, arguments.allow_unexpected)
+    write_pretrained(converted, arguments.target, to=arguments.to)
+    print(f"written: {arguments.target} ({arguments.to})")
+    return 0
 
 
 def show_recipes(arguments: argparse.Namespace) -> int:
@@ -69,14 +85,22 @@ def _first_comment(file: Path) -> str:
 
 
 def _describe_model(path: Path) -> list[str]:
-    config = read_model_config(path)
+    return _describe_converted(path, read_pretrained(path))
+
+
+def _describe_converted(path: Path, converted: Converted) -> list[str]:
+    info, config = converted.info, converted.config
+    sizes = [tensor.numel() for tensor in converted.tensors.values()]
     lines = [
-        f"{path}: a model of kind {config.kind}",
-        f"  waveforms  {config.sample_rate} Hz, {'normalized' if config.normalize else 'as they are'}",
-        f"  tokens     {json.dumps(config.tokens, ensure_ascii=False) if config.tokens else 'none'}",
+        f"{path}: a model of kind {info.kind} ({info.source})",
+        f"  waveforms  {info.sample_rate} Hz, {'normalized' if info.normalize else 'as they are'}",
+        f"  labels     {' '.join(info.labels) if info.labels else 'none'}",
         f"  settings   {json.dumps(config.architecture, ensure_ascii=False)}",
+        f"  tensors    {len(sizes)}, {sum(sizes):,} values",
+        *(f"  note       {note}" for note in info.notes),
     ]
-    return [*lines, *_tensor_lines(path / "model.safetensors")]
+    difference = describe_difference(converted)
+    return [*lines, difference] if difference else lines
 
 
 def _describe_checkpoint(path: Path) -> list[str]:
@@ -162,7 +186,9 @@ def _is_run(path: Path) -> bool:
 DESCRIPTIONS: tuple[tuple[Callable[[Path], bool], Callable[[Path], list[str]]], ...] = (
     (lambda path: (path / CHECKSUMS_NAME).is_file() or path.name.startswith("step_"), _describe_checkpoint),
     (lambda path: (path / "config.json").is_file(), _describe_model),
+    (lambda path: path.is_dir() and is_speechbrain(path), _describe_model),
     (lambda path: path.is_dir() and _is_run(path), _describe_run),
+    (lambda path: path.is_file() and path.suffix.lower() in PICKLED_SUFFIXES, _describe_model),
     (lambda path: path.suffix == ".safetensors", _describe_tensors),
     (lambda path: path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES, _describe_manifest),
     (lambda path: path.is_file() and path.suffix in (".yaml", ".yml"), _describe_yaml),
@@ -182,9 +208,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     devices = commands.add_parser("devices", help="which devices are here, and what the others need")
     devices.set_defaults(run=show_devices)
-    inspect = commands.add_parser("inspect", help="what a model folder, checkpoint, run, manifest or YAML is")
+    inspect = commands.add_parser("inspect", help="what a model, checkpoint, run, manifest or YAML is")
     inspect.add_argument("path")
     inspect.set_defaults(run=show_path)
+    convert = commands.add_parser("convert", help="write a model of any known kind in another form")
+    convert.add_argument("source", metavar="IN", help=f"one of: {KNOWN}")
+    convert.add_argument("target", metavar="OUT", help="a new folder; for fairseq a new .pt file")
+    convert.add_argument("--to", required=True, choices=sorted(WRITERS), help="the form to write")
+    for side, words in (("missing", "the model's tensors that the file may lack"), ("unexpected", "the file's extra")):
+        convert.add_argument(f"--allow_{side}", nargs="+", default=[], metavar="PATTERN", help=f"{words} (head.*)")
+    convert.set_defaults(run=convert_model)
     drawing = commands.add_parser("curves", help="draw a run's metrics.jsonl as a picture and a table")
     curves.add_arguments(drawing)
     drawing.set_defaults(run=curves.run_command)

@@ -11,13 +11,14 @@ from typing import Any
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
 from toolkit.data.manifest import Manifest
-from toolkit.data.tokens import Tokenizer, load_tokenizer
+from toolkit.data.tokens import Tokenizer
 from toolkit.decoding.ctc import describe_impossible, greedy_decode
 from toolkit.decoding.scoring import WordErrors
 from toolkit.errors import CheckpointError
-from toolkit.models.convert import load_encoder
+from toolkit.models.convert.load import build_converted, build_encoder, norms_without_padding
+from toolkit.models.convert.read import read_pretrained
 from toolkit.models.ctc import CTCModel, CTCOutput
-from toolkit.models.folder import load_model, read_model_config, save_model_folder
+from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import describe_hearing
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
 from toolkit.training.experiment import Experiment, has_checkpoints, holds_model
@@ -82,23 +83,31 @@ def trained_recognizer(experiment: Experiment) -> SpeechRecognizer | None:
     folder = experiment.model_source()
     if folder is None:
         return None
-    config = read_model_config(folder)
+    contents = norms_without_padding(read_pretrained(folder))
+    config = contents.config
     if config.kind != "ctc":
         raise CheckpointError(
             f"{folder}: this is a model of kind {config.kind!r}, which has no output layer to evaluate; give the "
             "model/ folder of a fine-tuning run (kind 'ctc'), or train one without --test_only."
         )
-    experiment.say(f"model and tokens: {folder}")
-    return SpeechRecognizer(load_model(folder), load_tokenizer(folder), config.sample_rate, config.normalize)
+    if contents.tokenizer is None:
+        raise CheckpointError(
+            f"{folder}: nothing says which letters the model's {config.architecture.get('vocab_size')} outputs are; "
+            "put its dictionary beside it (dict.ltr.txt of fairseq's, or vocab.json in a Hugging Face folder)."
+        )
+    experiment.say(f"model and tokens: {folder} ({contents.info.source})")
+    return SpeechRecognizer(
+        build_converted(contents, folder), contents.tokenizer, config.sample_rate, config.normalize
+    )
 
 
 def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer:
     """The recognizer that a run's settings ask for, and a word in its log where transcripts do not fit their audio.
 
-    From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder of any kind) the folder
-    gives sizes, weights, sample rate and normalization, and only the head is fresh, and the last ``reset_layers``
-    layers. ``encoder_training`` (dropouts, masks, ...) counts either way. With ``test_only`` it is that of
-    `trained_recognizer`, if there is one.
+    From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder, or a file or folder of
+    another program, see :mod:`toolkit.models.convert`) that gives sizes, weights, sample rate and normalization, and
+    only the head is fresh, and the last ``reset_layers`` layers. ``encoder_training`` (dropouts, masks, ...) counts
+    either way. With ``test_only`` it is that of `trained_recognizer`, if there is one.
 
     Arguments
     ---------
@@ -114,17 +123,18 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
         return trained
     hparams = experiment.hparams
     folder, sample_rate, normalize = hparams["pretrained"], hparams["sample_rate"], hparams["normalize"]
-    config = None if folder is None else read_model_config(folder)
+    contents = None if folder is None else norms_without_padding(read_pretrained(folder))
+    config = None if contents is None else contents.config
     if config is not None:
         experiment.say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
         sample_rate, normalize = config.sample_rate, config.normalize
     tokenizer = hparams["tokenizer"](train.column("wrd"))
     training = hparams["encoder_training"]
-    if config is None:
+    if contents is None:
         encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)
     else:
-        from_file = partial(load_encoder, folder)
-        encoder = construct(from_file, types=Wav2Vec2Encoder, encoder_training=training)
+        filled = partial(build_encoder, contents, folder)
+        encoder = construct(filled, types=Wav2Vec2Encoder, encoder_training=training)
         encoder.transformer.reset_layers(hparams["reset_layers"])
         fresh = f"; its last {hparams['reset_layers']} layers start anew" if hparams["reset_layers"] else ""
         experiment.say(f"encoder: all {len(encoder.state_dict())} tensors from {folder}{fresh}")

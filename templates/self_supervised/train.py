@@ -16,7 +16,7 @@ from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items
 from toolkit.data.parts import read_parts
 from toolkit.errors import run_main
-from toolkit.models.folder import save_model_folder
+from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import load_whole_model
 from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.training.brain import Brain, Objective, Stage

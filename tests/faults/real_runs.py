@@ -161,7 +161,7 @@ def run_forked(
     With several ``processes`` they are ranks of one run, as torchrun would start them. Returns how each ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "toolkit.training.experiment", "toolkit.models.folder"])
+    context.set_forkserver_preload(["torch", "toolkit.training.experiment", "toolkit.models.build"])
     with tempfile.TemporaryDirectory() as logs:
         ranks = []
         with socket.socket() as free:

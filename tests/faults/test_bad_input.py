@@ -298,7 +298,7 @@ WRONG_KEYS = {
     "train_splits=null": f"--train_splits must be a list such as [a, b], but is null ({YAML}, line "
                          f"{line_of('train_splits')}, key 'train_splits').",
     "max_grad_norm=0": "--max_grad_norm must be above 0, but is 0.0; write null to switch it off.",
-    "pretrained=7": "7: there is no such model folder; give the model/ folder of a finished run.",
+    "pretrained=7": "7: there is no such file or folder; check the path.",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from toolkit.__main__ import build_parser, main
 from toolkit.data.manifest import write_manifest
 from toolkit.errors import ConfigError, ToolkitError, run_main
 from toolkit.models.encoder import Wav2Vec2Encoder
-from toolkit.models.folder import save_model_folder
+from toolkit.models.model_files import save_model_folder
 from toolkit.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,8 +60,8 @@ def test_a_wrong_command_is_one_sentence(capsys):
 def test_inspect_a_model_folder(tmp_path, capsys):
     folder = make_model_folder(tmp_path / "model")
     text = said(capsys, "inspect", folder)
-    assert text.startswith(f"{folder}: a model of kind wav2vec2_encoder\n")
-    assert "8000 Hz, normalized" in text and '"dim": 16' in text and "model.safetensors: " in text
+    assert text.startswith(f"{folder}: a model of kind wav2vec2_encoder (toolkit)\n")
+    assert "8000 Hz, normalized" in text and '"dim": 16' in text and "tensors    25, 3,060 values" in text
 
 
 def test_inspect_a_checkpoint(tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_inspect_a_manifest_a_yaml_and_tensors(tmp_path, capsys):
 def test_inspect_what_is_not_there_or_nothing_known(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no .*; check the path"):
         main(["inspect", str(tmp_path / "nothing")])
-    with pytest.raises(ConfigError, match="is none of these: a model folder, a checkpoint"):
+    with pytest.raises(ConfigError, match="is none of these: a model, a checkpoint or the output folder"):
         main(["inspect", str(tmp_path)])
     (tmp_path / "x.safetensors").write_bytes(b"junk")
     with pytest.raises(ToolkitError, match="cannot be read as safetensors"):

@@ -1,4 +1,4 @@
-"""Pretrainer: brings weights from model folders into named parts of an experiment."""
+"""Pretrainer: brings weights from models of any known kind of file into named parts of an experiment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import check_difference
 from toolkit.models.convert.read import read_pretrained
-from toolkit.models.model_files import ModelConfig, load_tensors, read_model_config
+from toolkit.models.model_files import ModelConfig, load_tensors
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Pretrainer:
     Arguments
     ---------
     loadables : modules by name.
-    paths : a model folder for each; None leaves the part as it is.
+    paths : a ``model/`` folder, or a file or folder of another program (see :mod:`toolkit.models.convert`), for each;
+        None leaves the part as it is.
     allow_missing, allow_unexpected : patterns (``head.*``) of tensors that may be missing in a folder, or too many.
 
     Raises
@@ -91,19 +93,38 @@ class Pretrainer:
         return [self._load(name, path) for name, path in self.paths.items() if path is not None]
 
     def _load(self, name: str, path: str | os.PathLike[str]) -> LoadedPart:
-        contents = read_pretrained(path)
-        # What is missing is judged by the part, below.
-        check_difference(contents, path, allow_missing=["*"], allow_unexpected=self.allow_unexpected)
-        module = self.loadables[name]
-        own, theirs = module.state_dict().keys(), contents.part(name)
-        # The encoder's own names never start with its part's name, so only whole encoders fall back to all tensors.
-        missing = tuple(sorted(own - theirs.keys()))
-        unexpected = tuple(sorted(theirs.keys() - own))
-        allowed = _matching(missing, self.allow_missing) | _matching(unexpected, self.allow_unexpected)
-        load_tensors(module, theirs, source=path, allowed=allowed)
-        if len(missing) == len(own):
-            raise CheckpointError(f"{path}: none of the {len(own)} tensors of {name!r} is in the folder; give another.")
-        return LoadedPart(name, os.fspath(path), contents.config, len(own), missing, unexpected)
+        return load_part(
+            name,
+            self.loadables[name],
+            read_pretrained(path),
+            path,
+            allow_missing=self.allow_missing,
+            allow_unexpected=self.allow_unexpected,
+        )
+
+
+def load_part(
+    name: str,
+    module: nn.Module,
+    contents: Converted,
+    path: str | os.PathLike[str],
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> LoadedPart:
+    """Load one part, see :class:`Pretrainer`, out of what was read from ``path``."""
+    # What is missing is judged by the part, below.
+    check_difference(contents, path, allow_missing=["*"], allow_unexpected=allow_unexpected)
+    own, theirs = module.state_dict().keys(), contents.part(name)
+    # The encoder's own names never start with its part's name, so only whole encoders fall back to all tensors.
+    missing = tuple(sorted(own - theirs.keys()))
+    unexpected = tuple(sorted(theirs.keys() - own))
+    fresh = {other.removeprefix(f"{name}.") for other in contents.info.fresh}
+    allowed = _matching(missing, allow_missing) | _matching(unexpected, allow_unexpected) | fresh
+    load_tensors(module, theirs, source=path, allowed=frozenset(allowed))
+    if len(missing) == len(own):
+        raise CheckpointError(f"{path}: none of the {len(own)} tensors of {name!r} is in the folder; give another.")
+    return LoadedPart(name, os.fspath(path), contents.config, len(own), missing, unexpected)
 
 
 def load_whole_model(
@@ -120,7 +141,7 @@ def load_whole_model(
     Arguments
     ---------
     model : takes all tensors of the folder.
-    folder : a model folder; None leaves the model as it is.
+    folder : of any kind that the Pretrainer takes; None leaves the model as it is.
     kind : what the folder has to be of.
     sample_rate, normalize : Hz and normalization of the settings, for a model without a folder.
     say : takes the report.
@@ -140,14 +161,14 @@ def load_whole_model(
     """
     if folder is None:
         return sample_rate, normalize
-    config = read_model_config(folder)
+    contents = read_pretrained(folder)
+    config = contents.config
     if config.kind != kind:
         raise CheckpointError(
             f"{folder}: this is a model of kind {config.kind!r}, expected {kind!r}; give the model/ folder of a run of "
             "that kind."
         )
-    for part in Pretrainer({"model": model}, {"model": folder}).load():
-        say(str(part))
+    say(str(load_part("model", model, contents, folder)))
     say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
     return config.sample_rate, config.normalize
 

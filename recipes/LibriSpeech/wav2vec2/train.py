@@ -19,7 +19,7 @@ from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItem, DynamicItemDataset, speech_items
 from toolkit.data.manifest import read_manifests
 from toolkit.errors import ConfigError, run_main
-from toolkit.models.folder import save_model_folder
+from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import load_whole_model
 from toolkit.models.wav2vec2 import PretrainingOutput
 from toolkit.training.brain import Brain, Objective, Stage

@@ -13,9 +13,10 @@ from tests.unit.models.tiny import batch, encoder, pretraining
 from toolkit.data.tokens import LetterTokenizer, load_tokenizer
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models import model_files
-from toolkit.models.convert import load_encoder
+from toolkit.models.convert import load_encoder, load_pretrained
+from toolkit.models.convert.read import KNOWN
 from toolkit.models.ctc import CTCModel
-from toolkit.models.folder import load_model, read_model_config, read_model_folder, save_model_folder
+from toolkit.models.model_files import read_model_config, read_model_folder, save_model_folder
 from toolkit.seeds import Randomness
 
 RNG = Randomness(1)
@@ -37,7 +38,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, kind):
     model, folder = save(tmp_path / "run" / "model", kind, sample_rate=8000, normalize=True, extra={"wer": 3.5})
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     assert os.listdir(folder.parent) == ["model"]
-    loaded = load_model(folder)
+    loaded = load_pretrained(folder)[0]
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
     waveforms, lengths = batch(2000, 1500)
     options = {"rng": RNG} if kind == "wav2vec2_pretraining" else {}
@@ -83,7 +84,7 @@ def test_saving_again_replaces_all(tmp_path):
     save(tmp_path / "model", tokenizer=LetterTokenizer.from_texts(["AB"]))
     model, folder = save(tmp_path / "model", "wav2vec2_encoder")
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    assert load_model(folder).config == model.config and os.listdir(tmp_path) == ["model"]
+    assert load_pretrained(folder)[0].config == model.config and os.listdir(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("step", ["save_file", "_flush", "_replace_folder"])
@@ -113,7 +114,7 @@ def test_a_failed_exchange_puts_the_older_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", broken)
     with pytest.raises(OSError):
         save(tmp_path / "model", "ctc")
-    assert os.listdir(tmp_path) == ["model"] and load_model(folder).config == model.config
+    assert os.listdir(tmp_path) == ["model"] and load_pretrained(folder)[0].config == model.config
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path):
@@ -150,18 +151,19 @@ def edit(folder, **changes):
 
 def sentence(folder):
     with pytest.raises(CheckpointError) as error:
-        load_model(folder)
+        load_pretrained(folder)[0]
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_missing_files(tmp_path):
     nowhere = tmp_path / "nowhere"
-    assert sentence(nowhere) == f"{nowhere}: there is no such model folder; give the model/ folder of a finished run."
+    assert sentence(nowhere) == f"{nowhere}: there is no such file or folder; check the path."
     _, folder = save(tmp_path / "model")
-    for name in ("model.safetensors", "config.json"):
-        (folder / name).unlink()
-        assert sentence(folder) == f"{folder}: {name} is missing; give the model/ folder of a finished run."
+    (folder / "model.safetensors").unlink()
+    assert sentence(folder) == f"{folder}: model.safetensors is missing; give the model/ folder of a finished run."
+    (folder / "config.json").unlink()
+    assert sentence(folder) == f"{folder}: config.json is missing, so this is no model; give {KNOWN}."
 
 
 def test_truncated_files(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from tests.unit.models.tiny import encoder, pretraining
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.ctc import CTCModel
-from toolkit.models.folder import save_model_folder
+from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import Pretrainer
 
 

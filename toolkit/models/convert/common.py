@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from toolkit.data.tokens import LetterTokenizer
+from toolkit.data.tokens import Tokenizer
 from toolkit.errors import CheckpointError
 from toolkit.models.model_files import ModelConfig
 
@@ -52,7 +52,7 @@ class Converted:
     config : as in a model folder; its architecture builds the model.
     tensors : by the toolkit's names.
     info : what the file was.
-    tokenizer : the letters of a CTC model if they were found.
+    tokenizer : of a CTC model, if its tokens were found.
     missing : tensors of the model that the file should hold and does not.
     unexpected : tensors of the file, by its own names, that nothing asks for.
     """
@@ -60,7 +60,7 @@ class Converted:
     config: ModelConfig
     tensors: dict[str, Tensor]
     info: PretrainedInfo
-    tokenizer: LetterTokenizer | None = None
+    tokenizer: Tokenizer | None = None
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from toolkit.errors import CheckpointError, ModelError, ToolkitError
+from toolkit.models.build import build_model
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference, split_unused
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.encoder import ENCODER_ARGUMENTS, Wav2Vec2Encoder, encoder_settings
-from toolkit.models.folder import build_model
 from toolkit.models.model_files import load_tensors
 
 
@@ -50,7 +51,9 @@ def build_converted(
 ) -> nn.Module:
     """The model that was read from ``path``, in evaluation mode; arguments as for :func:`load_pretrained`."""
     check_difference(converted, path, allow_missing, allow_unexpected)
-    model = build_model(converted.config.kind, converted.config.architecture, source=path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # tensors that the file lacks are the same in every process
+        model = build_model(converted.config.kind, converted.config.architecture, source=path)
     fresh = frozenset(converted.missing) | frozenset(converted.info.fresh)
     load_tensors(model, converted.tensors, source=path, allowed=fresh)
     return model.eval()
@@ -86,10 +89,14 @@ def load_encoder(path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Enco
     CheckpointError : the file cannot be used, or an override changes a weight's shape.
     ModelError : an override is no argument of the encoder.
     """
+    return build_encoder(read_pretrained(path), path, **overrides)
+
+
+def build_encoder(converted: Converted, path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Encoder:
+    """The encoder of what was read from ``path``; see :func:`load_encoder`."""
     if unknown := sorted(overrides.keys() - ENCODER_ARGUMENTS):
         nearest = difflib.get_close_matches(unknown[0], ENCODER_ARGUMENTS, 1, 0.0)[0]
         raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
-    converted = read_pretrained(path)
     check_difference(converted, path)
     settings = encoder_settings(converted.config.architecture, source=path)
     try:
@@ -104,3 +111,19 @@ def load_encoder(path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Enco
     fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)
     load_tensors(encoder, converted.tensors if whole else converted.part("encoder"), source=path, allowed=fresh)
     return encoder
+
+
+def norms_without_padding(converted: Converted) -> Converted:
+    """The same model with ``norm_over_padding`` off: an utterance in a padded batch gets what it gets alone.
+
+    The originals take group norm over padding too, so that a BASE model's output depends on its neighbours in the
+    batch; one utterance at a time they agree with this.
+    """
+    config = converted.config
+    encoder = config.architecture.get("encoder")
+    settings = config.architecture if encoder is None else encoder
+    if not settings.get("norm_over_padding"):
+        return converted
+    settings = settings | {"norm_over_padding": False}
+    architecture = settings if encoder is None else config.architecture | {"encoder": settings}
+    return replace(converted, config=replace(config, architecture=architecture))

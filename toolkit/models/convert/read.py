@@ -38,7 +38,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> Converted:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder; give {KNOWN}.")
+        raise CheckpointError(f"{path}: there is no such file or folder; check the path.")
     if path.suffix == ".safetensors" or _beside_huggingface(path):
         return _read_folder(path.parent, weights=path)
     contents = read_pickle(path)
@@ -59,7 +59,7 @@ def _read_folder(folder: Path, weights: Path | None = None) -> Converted:
         return read_speechbrain(folder)
     if config is not None:
         return _read_own(folder)  # its error says what is wrong with config.json
-    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing; give {KNOWN}.")
+    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing, so this is no model; give {KNOWN}.")
 
 
 def _json_config(folder: Path) -> dict[str, Any] | None:

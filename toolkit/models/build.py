@@ -1,4 +1,4 @@
-"""Models to and from folders: what :mod:`toolkit.models.model_files` reads, built by its kind."""
+"""Models built by their kind and settings, as :mod:`toolkit.models.model_files` and its foreign kin read them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,7 @@ from torch import nn
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.ctc import CTCModel
 from toolkit.models.encoder import Wav2Vec2Encoder, encoder_settings
-from toolkit.models.model_files import (
-    ModelConfig,
-    ModelFolder,
-    load_tensors,
-    read_model_config,
-    read_model_folder,
-    save_model_folder,
-)
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
-
-__all__ = [
-    "ModelConfig",
-    "ModelFolder",
-    "build_model",
-    "load_model",
-    "read_model_config",
-    "read_model_folder",
-    "save_model_folder",
-]
 
 
 def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str]) -> nn.Module:
@@ -58,26 +40,3 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
             "was the folder written by another version?"
         ) from error
     raise CheckpointError(f"{source}: there is no model of kind {kind!r}.")
-
-
-def load_model(folder: str | os.PathLike[str]) -> nn.Module:
-    """The model in a folder, with its weights, in evaluation mode; no code from the folder runs.
-
-    Raises
-    ------
-    CheckpointError : the folder cannot be used.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> tiny = Wav2Vec2Encoder(conv_layers=[(8, 10, 5)], dim=16, num_layers=1, ffn_dim=32, num_heads=2,
-    ...     pos_kernel=4, pos_groups=2)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = save_model_folder(f"{folder}/model", tiny, kind="wav2vec2_encoder", sample_rate=16000, normalize=False)
-    ...     type(load_model(f"{folder}/model")).__name__
-    'Wav2Vec2Encoder'
-    """
-    contents = read_model_folder(folder)
-    model = build_model(contents.config.kind, contents.config.architecture, source=folder)
-    load_tensors(model, contents.tensors, source=folder)
-    return model.eval()
