@@ -211,6 +211,13 @@ class Wav2Vec2Encoder(nn.Module):
             stream="mask",
         )
 
+    def draw_mask_for(self, waveforms: Tensor, lengths: Tensor | None, rng: Randomness) -> np.ndarray:
+        """The same for a batch of waveforms; ``lengths`` None: all are full."""
+        batch, samples = waveforms.shape
+        frames = int(self.frame_lengths(torch.tensor([samples])))
+        counts = [frames] * batch if lengths is None else self.frame_lengths(lengths).tolist()
+        return self.draw_time_mask(counts, frames, rng)
+
     def draw_channel_mask(self, batch: int, rng: Randomness) -> np.ndarray:
         """A mask of spans of channels, (batch, dim) bool, by the encoder's settings."""
         return span_mask(
@@ -259,9 +266,7 @@ class Wav2Vec2Encoder(nn.Module):
         with explicit_precision(device.type):
             features, penalty, frame_lengths = self._extract(waveforms, lengths, dtype)
             normed = self.feature_norm(widened(features))
-            hidden = normed.to(dtype)
-            if self.projection is not None:
-                hidden = F.linear(hidden, self.projection.weight.to(dtype), self.projection.bias.to(dtype))
+            hidden = self.project(normed, dtype)
             if rng is not None and self.dropout_input > 0:
                 hidden = dropout(hidden, self.dropout_input, DropoutBits(rng.child("input"), device))
             batch, frames = hidden.shape[:2]
@@ -282,6 +287,14 @@ class Wav2Vec2Encoder(nn.Module):
             )
         out, per_layer = out if layers else (out, None)
         return Encoded(out, frame_lengths, normed, penalty, hidden, masked, per_layer)
+
+    def project(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normed features (batch, frames, channels) in the transformer's width and in ``dtype``: its input before
+        dropout and masks."""
+        hidden = normed.to(dtype)
+        if self.projection is None:
+            return hidden
+        return F.linear(hidden, self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
     def _checked_input(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waveforms of at least one frame, and lengths on the host, None if all are full."""

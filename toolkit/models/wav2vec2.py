@@ -204,7 +204,7 @@ class Wav2Vec2Pretraining(nn.Module):
                 "pretraining needs masks and negatives in evaluation too: give rng, or time_mask and negatives."
             )
         if time_mask is None:
-            time_mask = self._draw_time_mask(waveforms, lengths, rng)
+            time_mask = self.encoder.draw_mask_for(waveforms, lengths, rng)
         encoded = self.encoder(waveforms, lengths, rng=rng, time_mask=time_mask, masked_only=True)
         if not encoded.masked.total:
             return self._nothing_masked(encoded, update)
@@ -213,12 +213,6 @@ class Wav2Vec2Pretraining(nn.Module):
         negatives = to_device(torch.as_tensor(negatives), waveforms.device)
         with explicit_precision(waveforms.device.type):
             return self._objective(encoded, negatives, gumbel_noise, rng if self.training else None, update)
-
-    def _draw_time_mask(self, waveforms: Tensor, lengths: Tensor | None, rng: Randomness) -> np.ndarray:
-        batch, samples = waveforms.shape
-        frames = int(self.encoder.frame_lengths(torch.tensor([samples])))
-        counts = [frames] * batch if lengths is None else self.encoder.frame_lengths(lengths).tolist()
-        return self.encoder.draw_time_mask(counts, frames, rng)
 
     def _objective(
         self, encoded: Encoded, negatives: Tensor, noise: Tensor | None, rng: Randomness | None, update: int
