@@ -106,8 +106,8 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
             tensors.setdefault(name, torch.zeros(value.shape))
     if missing := sorted(model.state_dict().keys() - tensors.keys()):
         raise CheckpointError(
-            f"{path}: {len(missing)} tensors of the model are missing ({', '.join(missing[:3])}), and fairseq opens whole "
-            "models only; give a whole file."
+            f"{path}: {len(missing)} tensors of the model are missing ({', '.join(missing[:3])}), and fairseq opens "
+            "whole models only; give a whole file."
         )
     architecture = model.config
     rate, normalize = converted.config.sample_rate, converted.config.normalize
