@@ -11,6 +11,7 @@ from torch import nn
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.ctc import CTCModel
 from toolkit.models.encoder import Wav2Vec2Encoder, encoder_settings
+from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 
 
@@ -23,6 +24,8 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
     """
     settings = dict(architecture)
     try:
+        if kind == "text_encoder":
+            return TextEncoder(**settings)
         encoder = Wav2Vec2Encoder(**encoder_settings(architecture, source=source))
         settings.pop("encoder", None)
         if kind == "wav2vec2_encoder":
