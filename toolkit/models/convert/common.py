@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from toolkit.data.tokens import Tokenizer
 from toolkit.errors import CheckpointError
-from toolkit.models.folder import build_model
+from toolkit.models.build import build_model
 from toolkit.models.model_files import ModelConfig
 
 
@@ -181,6 +181,6 @@ def describe_difference(converted: Converted, *, most: int = 20) -> str:
 
 def empty_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str]) -> nn.Module:
     """The model without memory for its weights: names, shapes and complete settings; see
-    :func:`toolkit.models.folder.build_model`."""
+    :func:`toolkit.models.build.build_model`."""
     with torch.device("meta"):
         return build_model(kind, architecture, source=source)
