@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from toolkit.errors import ModelError
 from toolkit.models.encoder import Encoded, Wav2Vec2Encoder, widened
+from toolkit.models.text_encoder import TextEncoder
 from toolkit.nn.ema import DecayRamp, Teacher
 from toolkit.nn.fast.common import padding_mask
 from toolkit.nn.precision import explicit_precision
 from toolkit.nn.sizes import check_sizes
+from toolkit.nn.transformer import INITIAL_STD
 from toolkit.seeds import Randomness
 
 EPSILON = 1e-5
@@ -31,6 +34,7 @@ VARIANCE_EPSILON = 1e-6
 
 NORMS = ("instance", "layer")
 EMA_TIMINGS = ("step", "fairseq")
+TEACHER_INPUTS = ("paper", "fairseq")
 
 
 @dataclass(frozen=True)
@@ -324,14 +328,153 @@ class Data2VecAudio(_Student):
         """The teacher's features of the unmasked input at the masked frames, (S, D)."""
         frames = encoded.extractor_features.shape[1]
         padded = bool((encoded.frame_lengths < frames).any())
+        padding_too = padded and self.encoder.norm_over_padding
         _, layers = self.teacher(
             self.encoder.project(encoded.extractor_features, dtype),
             encoded.frame_lengths if padded else None,
             dtype=dtype,
             layers=True,
+            padding_too=padding_too,
         )
         padding = None
-        if padded and not self.encoder.norm_over_padding:
+        if padded and not padding_too:
             padding = padding_mask(encoded.frame_lengths.to(encoded.features.device), frames)
         # (batch, frames, D) -> (S, D)
         return self.rule.targets([ffn for _, ffn in layers], padding).flatten(0, 1)[encoded.masked.positions]
+
+
+class Data2VecText(_Student):
+    """data2vec for text.
+
+    Arguments
+    ---------
+    encoder : the encoder to pretrain; its vocabulary holds the mask symbol.
+    mask_id : the token that stands for hidden ones.
+    head_layers : linear layers that predict from the student's features: 2 (D -> 2 D -> D with a GELU) or 1.
+    top_layers, layer_norms, target_norms, loss_beta, loss_scale : see :class:`TargetRule`.
+    ema_decay : (start, end, updates of the ramp) of the teacher.
+    ema_layers_only : embeddings and their norm are copied from the student, not averaged.
+    ema_timing : "step" moves the teacher once an update, "fairseq" once a micro-batch.
+    teacher_input : "paper" shows the teacher the whole text; "fairseq" only the tokens that the student does not see,
+        without their sentence and with positions counted among themselves, as fairseq's released code does (its issue
+        4881).
+
+    Raises
+    ------
+    ModelError : settings that make no sense.
+
+    Example
+    -------
+    >>> encoder = TextEncoder(vocab_size=20, dim=16, num_layers=2, ffn_dim=32, num_heads=2, max_positions=8)
+    >>> model = Data2VecText(encoder, mask_id=19, top_layers=2)
+    >>> tokens = torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])
+    >>> out = model(tokens.clone().index_fill_(1, torch.tensor([1]), 19), tokens)
+    >>> out.num_masked, out.num_positions
+    (2, 7)
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        mask_id: int,
+        head_layers: int = 2,
+        top_layers: int = 10,
+        layer_norms: Sequence[str] = ("layer",),
+        target_norms: Sequence[str] = (),
+        loss_beta: float = 4.0,
+        loss_scale: float | None = 1.0,
+        ema_decay: Sequence[float] = (0.999, 0.9999, 300000),
+        ema_layers_only: bool = True,
+        ema_timing: str = "step",
+        teacher_input: str = "paper",
+    ) -> None:
+        embeddings = ["token_embedding.*", "position_embedding.*", "embedding_norm.*"]
+        copied = embeddings if ema_layers_only else []
+        super().__init__(encoder, ema_decay=ema_decay, ema_timing=ema_timing, copied=copied)
+        self.rule = TargetRule.checked(
+            len(encoder.layers),
+            top_layers=top_layers,
+            layer_norms=layer_norms,
+            target_norms=target_norms,
+            loss_beta=loss_beta,
+            loss_scale=loss_scale,
+        )
+        if teacher_input not in TEACHER_INPUTS:
+            raise ModelError(f"teacher_input is {teacher_input!r}, expected one of {', '.join(TEACHER_INPUTS)}.")
+        if not 0 <= mask_id < encoder.vocab_size or mask_id == encoder.padding_id:
+            raise ModelError(
+                f"mask_id is {mask_id}, expected one of the {encoder.vocab_size} token ids, and not the padding's."
+            )
+        if head_layers not in (1, 2):
+            raise ModelError(f"head_layers is {head_layers}, expected 1 or 2.")
+        self.config = {
+            "encoder": encoder.config,
+            "mask_id": mask_id,
+            "head_layers": head_layers,
+            "top_layers": top_layers,
+            "layer_norms": list(layer_norms),
+            "target_norms": list(target_norms),
+            "loss_beta": loss_beta,
+            "loss_scale": loss_scale,
+            "ema_decay": list(ema_decay),
+            "ema_layers_only": ema_layers_only,
+            "ema_timing": ema_timing,
+            "teacher_input": teacher_input,
+        }
+        self.encoder, self.mask_id, self.teacher_input = encoder, mask_id, teacher_input
+        widths = [encoder.dim, *[2 * encoder.dim] * (head_layers - 1), encoder.dim]
+        self.prediction = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        for layer in self.prediction:
+            nn.init.normal_(layer.weight, std=INITIAL_STD)
+            nn.init.zeros_(layer.bias)
+
+    def _student(self) -> nn.Module:
+        return self.encoder
+
+    def forward(
+        self,
+        source: Tensor,
+        tokens: Tensor,
+        *,
+        chosen: Tensor | None = None,
+        rng: Randomness | None = None,
+        update: int = 0,
+    ) -> Data2VecOutput:
+        """Score the predictions at the masked tokens.
+
+        Arguments
+        ---------
+        source : (batch, length) int64, what the student sees: ``mask_id`` where a token is hidden.
+        tokens : (batch, length) int64, the text itself.
+        chosen : (batch, length) bool, the tokens that were hidden, replaced or kept on purpose, for ``teacher_input``
+            "fairseq"; None: those hidden. Only hidden ones are predicted.
+        rng : this micro-batch's randomness; in training mode it drops out.
+        update : finished updates, for the teacher's decay.
+        """
+        decay = self._begin_forward(update)
+        hidden = source == self.mask_id
+        positions = hidden.flatten().nonzero().squeeze(1)
+        encoded = self.encoder(source, rng=rng, positions=positions)
+        if self.teacher_input == "fairseq":
+            tokens = tokens.masked_fill(~(hidden if chosen is None else chosen), self.encoder.padding_id)
+        shown = self.teacher(tokens, layers=True)
+        with explicit_precision(source.device.type):
+            predictions = self._predicted(widened(encoded.features))
+            # Norms over positions look at real ones; the text's own padding does not count.
+            targets = self.rule.targets([ffn for _, ffn in shown.layers], shown.padding)
+            targets = targets.flatten(0, 1).index_select(0, positions)
+        return self.rule.output(
+            predictions,
+            targets,
+            decay=decay,
+            num_positions=int((~encoded.padding).sum()),
+            empty=widened(encoded.features),
+        )
+
+    def _predicted(self, features: Tensor) -> Tensor:
+        """(S, D) -> (S, D), in float32."""
+        for number, layer in enumerate(self.prediction):
+            features = F.gelu(features) if number else features
+            features = layer(features)
+        return features

@@ -7,7 +7,7 @@ padding are masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -385,6 +385,7 @@ class TransformerEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         layers: bool = False,
         positions: Tensor | None = None,
+        padding_too: bool = False,
     ) -> Tensor | tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Contextual features.
 
@@ -398,6 +399,8 @@ class TransformerEncoder(nn.Module):
         layers : also return (output, feed-forward output) of each block that ran, both (batch, frames, dim).
         positions : (wanted,) int64, ascending indices into batch * frames of real frames: the result is for these
             alone, and the last block does not compute the others (half a block's work less in pretraining).
+        padding_too : compute frames of padding like real ones (nobody attends to them), for statistics that the
+            originals take over them; they are then not zero in the result.
 
         Returns
         -------
@@ -405,14 +408,15 @@ class TransformerEncoder(nn.Module):
         """
         x = x.to(dtype or x.dtype)
         batch, frames, _ = x.shape
-        packed = x.device.type == "cpu" and frames > self.short_frames
+        padding_too = padding_too and frame_lengths is not None
+        packed = x.device.type == "cpu" and frames > self.short_frames and not padding_too
         padding = None
         if frame_lengths is not None and not packed:
             # attention without any key would give no number: an utterance has one frame at least
             padding = padding_mask(frame_lengths.to(x.device, non_blocking=True).clamp(min=1), frames)
             x = x.masked_fill(padding[..., None], 0)
         layout = Layout(full_lengths(frame_lengths if packed else None, batch, frames), padding, packed)
-        x = x + self.positional(x, frame_lengths)
+        x = x + self.positional(x, None if padding_too else frame_lengths)
         x = pack_rows(x, layout.lengths, ROW_MULTIPLE if packed else 1)
         if not self.pre_norm:
             x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
@@ -425,6 +429,8 @@ class TransformerEncoder(nn.Module):
             x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         if wanted is not None:
             return x
+        if padding_too:
+            layout = replace(layout, padding=None)  # nothing is made zero
         x = self._unpacked(x, layout, frames)
         if positions is not None:
             x = x.flatten(0, 1).index_select(0, positions)
