@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, TrainingError
 
 EARLY_SHARE = 0.2
 """Part of a short run after which its rules speak, however many updates they would wait in a long one."""
@@ -316,6 +316,52 @@ class PerfectAccuracy:
         )
 
 
+class CollapsedVariance:
+    """data2vec's targets or predictions have become the same at every position: a warning first, then the run's end.
+
+    The limits and when they end a run are fairseq's.
+
+    Arguments
+    ---------
+    limits : name of a deviation in the rows, and what it has to stay above.
+    after_update : no warning before; small deviations are where training begins.
+    stop_after : from this update on a value below its limit ends the run.
+
+    Raises
+    ------
+    TrainingError : from ``look``, below a limit after ``stop_after``.
+
+    Example
+    -------
+    >>> rule = CollapsedVariance(after_update=100)
+    >>> rule.look({"update": 2000, "target_var": 0.05, "pred_var": 0.2})[:42]
+    'target_var is 0.05, below 0.1: the targets'
+    """
+
+    def __init__(
+        self, *, limits: Mapping[str, float] | None = None, after_update: int = 1000, stop_after: int = 5000
+    ) -> None:
+        self.limits = dict({"target_var": 0.1, "pred_var": 0.01} if limits is None else limits)
+        self.after_update, self.stop_after = after_update, stop_after
+
+    def look(self, row: Mapping[str, Any]) -> str | None:
+        """See `Rule`."""
+        if _is_early(row, self.after_update):
+            return None
+        low = [name for name, limit in self.limits.items() if _is_number(row.get(name)) and row[name] < limit]
+        if not low:
+            return None
+        name = low[0]
+        what = "targets are" if name.startswith("target") else "predictions are"
+        sentence = (
+            f"{name} is {row[name]:.3g}, below {self.limits[name]:g}: the {what} nearly the same everywhere "
+            "(collapse); start again with a lower rate, a longer warm-up or a slower teacher (ema_decay)."
+        )
+        if row["update"] > self.stop_after:
+            raise TrainingError(f"after update {row['update']} {sentence}")
+        return sentence
+
+
 class HealthMonitor:
     """Asks its rules at every row of the log and repeats a warning only after a while.
 
@@ -375,6 +421,22 @@ def pretraining_health(
     undecided = UndecidedQuantizer(num_codes=num_codes, num_groups=num_groups, after_update=after_update)
     norm = GradNormRange(after_update=after_update)
     return HealthMonitor([*perplexities, undecided, stuck, PerfectAccuracy(), RepeatedValue(), norm])
+
+
+def data2vec_health(*, after_update: int = 1000) -> HealthMonitor:
+    """The monitor for data2vec: rows hold ``target_var``, ``pred_var``, the loss and the norm.
+
+    Arguments
+    ---------
+    after_update : the warm-up, in which nothing is said about deviations and the norm.
+
+    Example
+    -------
+    >>> len(data2vec_health().rules)
+    3
+    """
+    variance, norm = CollapsedVariance(after_update=after_update), GradNormRange(after_update=after_update)
+    return HealthMonitor([variance, RepeatedValue(), norm])
 
 
 def _is_early(row: Mapping[str, Any], after_update: int) -> bool:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, TrainingError
 from toolkit.training.health import (
+    CollapsedVariance,
     GradNormJump,
     GradNormRange,
     HealthMonitor,
@@ -14,6 +15,7 @@ from toolkit.training.health import (
     RepeatedValue,
     StuckAtChance,
     UndecidedQuantizer,
+    data2vec_health,
     pretraining_health,
 )
 
@@ -139,3 +141,17 @@ def test_wrong_ranges_are_refused():
         GradNormJump(factor=1)
     with pytest.raises(ConfigError, match="patience of RepeatedValue is 1, expected 2 or more"):
         RepeatedValue(patience=1)
+
+
+def test_collapsed_targets_are_said_and_then_end_the_run():
+    rule = CollapsedVariance()
+    low = {"target_var": 0.09, "pred_var": 0.2}
+    words = said(rule, rows(1, **low))
+    assert words[0].startswith("target_var is 0.09, below 0.1: the targets are nearly the same everywhere (collapse);")
+    assert said(rule, rows(1, target_var=0.5, pred_var=0.009))[0].startswith("pred_var is 0.009, below 0.01: the pred")
+    assert not said(rule, rows(2, target_var=0.11, pred_var=0.011)) and not said(rule, rows(1, first=900, **low))
+    assert rule.look({"update": 5000, **low}) is not None
+    with pytest.raises(TrainingError, match="after update 5001 target_var is 0.09, below 0.1"):
+        data2vec_health().check({"update": 5001, "loss": 1.0, **low})
+    # In a short run the warm-up is its first fifth.
+    assert rule.look({"update": 90, "total_updates": 400, **low}) is not None
