@@ -151,7 +151,7 @@ def test_collapsed_targets_are_said_and_then_end_the_run():
     assert said(rule, rows(1, target_var=0.5, pred_var=0.009))[0].startswith("pred_var is 0.009, below 0.01: the pred")
     assert not said(rule, rows(2, target_var=0.11, pred_var=0.011)) and not said(rule, rows(1, first=900, **low))
     assert rule.look({"update": 5000, **low}) is not None
-    with pytest.raises(TrainingError, match="after update 5001 target_var is 0.09, below 0.1"):
+    with pytest.raises(TrainingError, match=r"after update 5001 target_var is 0\.09, below 0\.1"):
         data2vec_health().check({"update": 5001, "loss": 1.0, **low})
     # In a short run the warm-up is its first fifth.
     assert rule.look({"update": 90, "total_updates": 400, **low}) is not None
