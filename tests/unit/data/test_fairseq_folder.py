@@ -224,6 +224,18 @@ def test_a_crop_of_a_zip_entry_reads_only_its_part(archive, tmp_path, monkeypatc
     assert 0 < read < length / 2
 
 
+def test_a_dataset_crops_zip_entries_as_files(fairseq_manifests, tmp_path):
+    audio, plain = fairseq_manifests / "audio" / "LibriTiny", fairseq_manifests / "manifests" / "valid0" / "train.tsv"
+    files = read_manifest(plain, root=audio)
+    zipped = read_manifest(fairseq_manifests / "zip" / "train.tsv", root=fairseq_manifests / "zip")
+    for normalize in (False, True):
+        datasets = [DynamicItemDataset(part, speech_items(16000, normalize), ["waveform"]) for part in (files, zipped)]
+        for row in range(len(files)):
+            one, other = (dataset.load(row)["waveform"] for dataset in datasets)
+            assert np.array_equal(one, other)
+            assert len(datasets[1].load(row, crop_samples=4000)["waveform"]) == 4000
+
+
 def test_bad_zip_entries(archive, tmp_path):
     path, offset, length = archive
     size = path.stat().st_size
