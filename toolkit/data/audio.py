@@ -34,7 +34,7 @@ NORMALIZATION_EPS = 1e-5
 NO_SEEK = ("MP3", "MPEG")
 """Formats always read from the beginning: after a seek the MP3 decoder lacks earlier bits and says so on stderr."""
 
-ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d+):(?P<length>\d+)", re.IGNORECASE | re.DOTALL)
+ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d{1,31}):(?P<length>\d{1,31})", re.IGNORECASE | re.DOTALL)
 """fairseq's name for an uncompressed entry of a zip archive: where its bytes begin, and how many there are."""
 
 ZIP_BUFFER = 1 << 16
@@ -225,24 +225,31 @@ class FileWindow(io.RawIOBase):
         self._length = max(0, min(length, os.fstat(self._bytes.fileno()).st_size - offset))
 
     def readable(self) -> bool:
+        """Yes."""
         return True
 
     def seekable(self) -> bool:
+        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a byte; returns which."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
         self._place = max(0, base + offset)
         return self._place
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._place))
+        """Fill the buffer as far as there are bytes; returns how many."""
+        wanted = min(len(buffer), self._length - self._place)
+        if wanted <= 0:
+            return 0
         self._bytes.seek(self._offset + self._place)
         count = self._bytes.readinto(memoryview(buffer)[:wanted])
         self._place += count
         return count
 
     def close(self) -> None:
+        """Close the file behind."""
         if not self.closed:
             self._bytes.close()
         super().close()

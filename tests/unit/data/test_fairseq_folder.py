@@ -241,6 +241,8 @@ def test_bad_zip_entries(archive, tmp_path):
     size = path.stat().st_size
     with pytest.raises(AudioError, match=f"ends at byte {size + 10**6}, but the archive has {size}; write its"):
         read_audio(f"{path}:{size}:1000000")
+    with pytest.raises(AudioError, match="but the archive has"):
+        read_audio(f"{path}:{10**30}:{10**30}")
     with pytest.raises(AudioError, match=r"is no audio entry of the archive; .* stored uncompressed"):
         read_audio(f"{path}:{offset + 5000}:{length - 5000}")
     with pytest.raises(AudioError, match="is truncated or corrupt"):

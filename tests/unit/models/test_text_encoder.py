@@ -193,6 +193,7 @@ def test_padding_may_stand_anywhere(packed):
     wanted, ours = model(right).features, model(mixed).features
     assert torch.allclose(ours[mixed != 1], wanted[right != 1])
     assert not ours[mixed == 1].any() and torch.isfinite(ours).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, mixed)[1])
 
 
 @BOTH_LAYOUTS
@@ -247,6 +248,14 @@ def test_evaluation_mode_drops_nothing():
     assert torch.equal(model(tokens, rng=RNG).features, model(tokens, rng=RNG).features)
     assert not torch.equal(model(tokens, rng=RNG).features, model(tokens).features)
     assert torch.equal(model.eval()(tokens, rng=RNG).features, model(tokens).features)
+
+
+def test_embeddings_are_dropped_too():
+    model, tokens = build(num_layers=0, dropout=0.5), torch.full((1, 12), 5)
+    out, whole = model(tokens, rng=RNG).features, model.eval()(tokens).features
+    dropped = out == 0
+    assert 0.3 < float(dropped.double().mean()) < 0.7
+    assert torch.allclose(out[~dropped], 2 * whole[~dropped])
 
 
 def test_initialization_is_that_of_bert():
