@@ -161,7 +161,7 @@ def tokenizer_of(
     settings.pop("padding_factor", None)
     settings = {name: value for name, value in settings.items() if value is not None}
     tokenizer = LetterTokenizer.from_file(dictionary, **settings)
-    say(f"tokens: {dictionary}, {tokenizer.vocab_size} with the special ones")
+    say(f"tokens: {dictionary}")
     # With unknown "error", encoding is what refuses, in its own words.
     letters = set(tokenizer.symbols) - {tokenizer.word_boundary}
     lacking: set[str] = set()
