@@ -5,6 +5,7 @@ import torch
 
 from tests.unit.models.originals import recorded
 from toolkit.errors import CheckpointError, ModelError
+from toolkit.models.convert import load_encoder
 from toolkit.models.folder import build_model, load_model, read_model_config, save_model_folder
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.nn.fast import set_fast
@@ -278,6 +279,8 @@ def test_a_loaded_model_is_the_saved_one(tmp_path):
     loaded.short_length = 0
     tokens = sentences(9, 4)
     assert torch.equal(loaded(tokens).features, model(tokens).features)
+    with pytest.raises(CheckpointError, match="this is a model of text, of kind 'text_encoder'; give one of speech"):
+        load_encoder(tmp_path / "m")
     config = tmp_path / "m" / "config.json"
     config.write_text(config.read_text().replace('"sample_rate": 0', '"sample_rate": 16000'))
     with pytest.raises(CheckpointError, match="sample_rate is 16000, expected 0, for it is of text"):
