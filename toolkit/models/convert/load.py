@@ -92,7 +92,8 @@ def load_encoder(path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Enco
     converted = read_pretrained(path)
     check_difference(converted, path)
     if converted.config.kind in TEXT_KINDS:
-        raise CheckpointError(f"{path}: this is a model of text, of kind {converted.config.kind!r}; give one of speech.")
+        kind = converted.config.kind
+        raise CheckpointError(f"{path}: this is a model of text, of kind {kind!r}; give one of speech.")
     settings = encoder_settings(converted.config.architecture, source=path)
     try:
         encoder = Wav2Vec2Encoder(**settings | overrides)
