@@ -16,7 +16,7 @@ from toolkit.models.build import build_model
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference, split_unused
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.encoder import ENCODER_ARGUMENTS, Wav2Vec2Encoder, encoder_settings
-from toolkit.models.model_files import load_tensors
+from toolkit.models.model_files import TEXT_KINDS, load_tensors
 
 
 def load_pretrained(
@@ -98,6 +98,9 @@ def build_encoder(converted: Converted, path: str | os.PathLike[str], **override
         nearest = difflib.get_close_matches(unknown[0], ENCODER_ARGUMENTS, 1, 0.0)[0]
         raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
     check_difference(converted, path)
+    if converted.config.kind in TEXT_KINDS:
+        kind = converted.config.kind
+        raise CheckpointError(f"{path}: this is a model of text, of kind {kind!r}; give one of speech.")
     settings = encoder_settings(converted.config.architecture, source=path)
     try:
         encoder = Wav2Vec2Encoder(**settings | overrides)
