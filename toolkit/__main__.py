@@ -13,14 +13,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from toolkit import curves
+from toolkit.data import manifest_command
 from toolkit.data.manifest import read_manifest
 from toolkit.errors import CheckpointError, ConfigError, run_main
-from toolkit.models.convert.common import Converted, describe_difference
+from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference
 from toolkit.models.convert.load import build_converted
 from toolkit.models.convert.read import KNOWN, read_pretrained
 from toolkit.models.convert.speechbrain import is_speechbrain
 from toolkit.models.convert.write import WRITERS, write_pretrained
-from toolkit.models.model_files import read_model_config
+from toolkit.models.model_files import TEXT_KINDS, read_model_config
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.checkpoint_format import CHECKSUMS_NAME, problem_of, read_state
 from toolkit.training.devices import device_table
@@ -93,7 +94,7 @@ def _describe_converted(path: Path, converted: Converted) -> list[str]:
     sizes = [tensor.numel() for tensor in converted.tensors.values()]
     lines = [
         f"{path}: a model of kind {info.kind} ({info.source})",
-        f"  waveforms  {info.sample_rate} Hz, {'normalized' if info.normalize else 'as they are'}",
+        f"  input      {_describe_input(info)}",
         f"  labels     {' '.join(info.labels) if info.labels else 'none'}",
         f"  settings   {json.dumps(config.architecture, ensure_ascii=False)}",
         f"  tensors    {len(sizes)}, {sum(sizes):,} values",
@@ -101,6 +102,12 @@ def _describe_converted(path: Path, converted: Converted) -> list[str]:
     ]
     difference = describe_difference(converted)
     return [*lines, difference] if difference else lines
+
+
+def _describe_input(info: PretrainedInfo) -> str:
+    if info.kind in TEXT_KINDS:
+        return "tokens of text"
+    return f"waveforms of {info.sample_rate} Hz, {'normalized' if info.normalize else 'as they are'}"
 
 
 def _describe_checkpoint(path: Path) -> list[str]:
@@ -218,6 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
     for side, words in (("missing", "the model's tensors that the file may lack"), ("unexpected", "the file's extra")):
         convert.add_argument(f"--allow_{side}", nargs="+", default=[], metavar="PATTERN", help=f"{words} (head.*)")
     convert.set_defaults(run=convert_model)
+    manifest = commands.add_parser("manifest", help="write a manifest as another kind, fairseq's among them")
+    manifest_command.add_arguments(manifest)
+    manifest.set_defaults(run=manifest_command.run_command)
     drawing = commands.add_parser("curves", help="draw a run's metrics.jsonl as a picture and a table")
     curves.add_arguments(drawing)
     drawing.set_defaults(run=curves.run_command)
