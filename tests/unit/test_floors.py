@@ -23,6 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "training": GROUND | {"data"},
     "models": GROUND | {"nn", "data.tokens"},
     "decoding": GROUND | {"data"},
+    "pretraining": GROUND | {"data", "models", "training"},
     "recognition": GROUND | {"data", "decoding", "models", "training"},
     "curves": GROUND,
     "__main__": {"*"},

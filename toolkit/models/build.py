@@ -10,6 +10,7 @@ from torch import nn
 
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.ctc import CTCModel
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder, encoder_settings
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
@@ -26,12 +27,16 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
     try:
         if kind == "text_encoder":
             return TextEncoder(**settings)
+        if kind == "data2vec_text":
+            return Data2VecText(TextEncoder(**settings.pop("encoder")), **settings)
         encoder = Wav2Vec2Encoder(**encoder_settings(architecture, source=source))
         settings.pop("encoder", None)
         if kind == "wav2vec2_encoder":
             return encoder
         if kind == "wav2vec2_pretraining":
             return Wav2Vec2Pretraining(encoder, **settings)
+        if kind == "data2vec_audio":
+            return Data2VecAudio(encoder, **settings)
         if kind == "ctc":
             return CTCModel(encoder, **settings)
     except (TypeError, ValueError) as error:
