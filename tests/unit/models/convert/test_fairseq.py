@@ -254,6 +254,16 @@ def test_an_encoder_without_its_pretrainings_heads(tmp_path):
     assert equal(model.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("file", [file for file, (kind, _, _) in KINDS.items() if kind != "text_encoder"])
+def test_the_encoder_of_any_file(file):
+    """Ready to be fine-tuned with other masks and dropouts."""
+    own = load_encoder(FOLDER / file, mask_prob=0.25, dropout=0.3)
+    assert own.config["mask_prob"] == 0.25 and own.config["dropout"] == 0.3
+    model, info = load_pretrained(FOLDER / file)
+    theirs = model if info.kind == "wav2vec2_encoder" else model.encoder
+    assert equal(own.state_dict(), theirs.state_dict())
+
+
 REFUSED = {
     "pretraining": {
         "layer_type": "conformer",
