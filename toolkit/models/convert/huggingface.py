@@ -46,7 +46,7 @@ from toolkit.models.convert.huggingface_tokens import (
 from toolkit.models.convert.huggingface_write import write_huggingface
 from toolkit.models.convert.shapes import check_shapes, expected_shapes
 from toolkit.models.convert.unpickle import read_pickle
-from toolkit.models.model_files import CONFIG_FILE, WEIGHTS_FILE, ModelConfig
+from toolkit.models.model_files import CONFIG_FILE, TEXT_KINDS, WEIGHTS_FILE, ModelConfig
 
 __all__ = ["is_huggingface", "read_huggingface", "write_huggingface"]
 
@@ -84,7 +84,7 @@ def read_huggingface(folder: Path, weights: Path | None = None) -> Converted:
         _fold_token_types(tensors, file, notes)
     found, missing, unused, unexpected, fresh = _import(kind, model_type, architecture, tensors, file, path)
     preprocessor = read_json_object(folder / PREPROCESSOR_FILE)
-    rate, normalize = _sound(preprocessor, folder, notes, text=model_type == DATA2VEC_TEXT)
+    rate, normalize = (0, False) if kind in TEXT_KINDS else _sound(preprocessor, folder, notes)
     if extra is None:
         files |= {PREPROCESSOR_FILE: preprocessor} if preprocessor is not None else {}
         labels = vocabulary.tokenizer.labels if vocabulary.tokenizer else None
@@ -225,15 +225,15 @@ def _fold_token_types(tensors: dict[str, Tensor], file: Path, notes: list[str]) 
         notes.append("token types other than the first are left out: the toolkit's encoder has one kind of token")
 
 
-def _sound(preprocessor: Mapping[str, Any] | None, folder: Path, notes: list[str], *, text: bool) -> tuple[int, bool]:
+def _sound(preprocessor: Mapping[str, Any] | None, folder: Path, notes: list[str]) -> tuple[int, bool]:
     """Sample rate and normalization."""
-    if preprocessor is None and not text:
+    if preprocessor is None:
         notes.append(f"{PREPROCESSOR_FILE} is missing: 16000 Hz, waveforms brought to zero mean and unit variance")
     settings = Settings(preprocessor or {}, folder / PREPROCESSOR_FILE)
     rate = settings.get("sampling_rate", 16000)
     if rate < 1:
         raise CheckpointError(f"{folder / PREPROCESSOR_FILE}: sampling_rate is {rate}, expected Hz above 0.")
-    return rate, settings.get("do_normalize", not text)
+    return rate, settings.get("do_normalize", True)
 
 
 def _tokenizer_of(config: Mapping[str, Any], found: LetterTokenizer | None) -> LetterTokenizer | None:

@@ -16,6 +16,7 @@ from typing import Any
 from toolkit.errors import CheckpointError
 from toolkit.models.ctc import CTCModel
 from toolkit.models.encoder import Wav2Vec2Encoder
+from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 
 EPSILON = 1e-5
@@ -46,6 +47,14 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "Data2VecTextForQuestionAnswering": (DATA2VEC_TEXT, "text_encoder"),
 }
 """Model type and the toolkit's kind of each architecture that can be read; the first of a pair is the one written."""
+
+CLASSES = {
+    "wav2vec2_encoder": Wav2Vec2Encoder,
+    "wav2vec2_pretraining": Wav2Vec2Pretraining,
+    "ctc": CTCModel,
+    "text_encoder": TextEncoder,
+}
+"""Whose defaults count for settings that a model does not name."""
 
 # (theirs, the encoder's, their default)
 ENCODER_FIELDS: tuple[tuple[str, str, Any], ...] = (
@@ -276,14 +285,13 @@ def _text_architecture(settings: Settings) -> dict[str, Any]:
 def complete(kind: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the defaults of those that are not named, as plain JSON has them."""
     whole = json.loads(json.dumps(dict(architecture)))
-    classes = {"wav2vec2_encoder": Wav2Vec2Encoder, "wav2vec2_pretraining": Wav2Vec2Pretraining, "ctc": CTCModel}
-    if kind not in classes:
+    if kind not in CLASSES:
         return whole
     if "encoder" in whole:
         whole["encoder"] = complete("wav2vec2_encoder", whole["encoder"])
     defaults = {
         name: value.default
-        for name, value in inspect.signature(classes[kind]).parameters.items()
+        for name, value in inspect.signature(CLASSES[kind]).parameters.items()
         if value.default is not inspect.Parameter.empty
     }
     whole = json.loads(json.dumps(defaults)) | whole
@@ -299,6 +307,8 @@ def settings_of(kind: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
     ------
     CheckpointError : transformers has no such model.
     """
+    if kind not in CLASSES:
+        raise CheckpointError(f"a model of kind {kind!r} cannot be written as a Hugging Face folder; its encoder can.")
     whole = complete(kind, architecture)
     if kind == "text_encoder":
         return _text_settings(whole)
@@ -348,7 +358,7 @@ def _check_expressible(encoder: Mapping[str, Any], model_type: str, kind: str) -
 
 def _text_settings(whole: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"architectures": ["Data2VecTextModel"], "model_type": DATA2VEC_TEXT}
-    out |= {theirs: whole[ours] for theirs, ours, _ in TEXT_FIELDS if ours in whole}
-    out["max_position_embeddings"] = whole["max_positions"] + whole.get("padding_id", 1) + 1
+    out |= {theirs: whole[ours] for theirs, ours, _ in TEXT_FIELDS}
+    out["max_position_embeddings"] = whole["max_positions"] + whole["padding_id"] + 1
     out |= {"hidden_act": "gelu", "layer_norm_eps": EPSILON, "type_vocab_size": 1}
-    return out | {"pad_token_id": whole.get("padding_id", 1), "bos_token_id": 0, "eos_token_id": 2}
+    return out | {"bos_token_id": 0, "eos_token_id": 2}

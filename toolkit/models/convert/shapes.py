@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.models.folder import build_model
+from toolkit.models.convert.common import empty_model
 
 
 def expected_shapes(
@@ -34,8 +33,7 @@ def expected_shapes(
     (768, 512)
     """
     try:
-        with torch.device("meta"):
-            model = build_model(kind, architecture, source=source)
+        model = empty_model(kind, architecture, source=source)
     except RuntimeError as error:  # sizes beyond what torch can count
         if isinstance(error, CheckpointError):
             raise
