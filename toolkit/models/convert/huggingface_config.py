@@ -25,6 +25,9 @@ EPSILON = 1e-5
 SMALLEST_KERNEL = 3
 """Of data2vec's stack of positional convolutions, as in the original."""
 
+LARGEST = 2**31
+"""No size goes beyond it; torch's own message would be a page long."""
+
 WAV2VEC2, DATA2VEC_AUDIO, DATA2VEC_TEXT = "wav2vec2", "data2vec-audio", "data2vec-text"
 PREFIXES = {WAV2VEC2: "wav2vec2.", DATA2VEC_AUDIO: "data2vec_audio.", DATA2VEC_TEXT: "data2vec_text."}
 """What the base model's tensors are called under in a model with a head."""
@@ -143,7 +146,7 @@ class Settings:
             fits = value is default or (isinstance(value, list) and all(type(n) is int for n in value))
         else:
             fits = isinstance(value, type(default))
-        if not fits:
+        if not fits or (isinstance(value, int) and abs(value) > LARGEST):
             raise CheckpointError(
                 f"{self.source}: {key} is {json.dumps(value)[:80]}, expected a value such as {json.dumps(default)}."
             )
