@@ -1,7 +1,7 @@
 """The toolkit beside transformers itself: random weights go through a saved folder, outputs must agree.
 
 Activations within 1e-4, logits within 2e-4, losses within 1e-5 of their size; in bfloat16 within what the format
-gives. ``pytest tests/parity --differences`` prints the largest differences for docs/parity.md.
+gives. ``PARITY_DIFFERENCES=1 pytest tests/parity`` prints the largest differences for docs/parity.md.
 
 True widths (BASE's and LARGE's) with three layers: the arithmetic of a layer is the same in each, and twelve or
 twenty-four would only take longer. ``PARITY_LAYERS=12`` sets another depth.
@@ -9,14 +9,17 @@ twenty-four would only take longer. ``PARITY_LAYERS=12`` sets another depth.
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from toolkit.models.convert.huggingface import write_huggingface
 from toolkit.models.convert.load import load_pretrained
 from toolkit.models.convert.read import read_pretrained
+from toolkit.models.convert.torchaudio import read_torchaudio
 from toolkit.models.ctc import CTCModel, ctc_loss
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.models.folder import save_model_folder
@@ -405,3 +408,14 @@ def test_its_processor_gives_our_ids(case, tmp_path):
         collapsed = [6, 5, 7, 4, 7, 6]
         expected = letters.decode(collapsed)
         assert tokenizer.decode(ids) == (expected.lower() if case == "upper" else expected)
+
+
+@pytest.mark.parametrize("layout", ["group", "layer"])
+def test_a_torchaudio_file_opens_in_transformers(layout, tmp_path):
+    tensors = load_file(Path(__file__).parents[1] / "fixtures" / "torchaudio" / f"{layout}.safetensors")
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    write_huggingface(read_torchaudio(state, Path("model.pt")), tmp_path / "hf")
+    cls = transformers.Wav2Vec2ForCTC if layout == "group" else transformers.Wav2Vec2Model
+    with torch.no_grad():
+        out = opened(cls, tmp_path / "hf")(tensors["waveforms"])[0]
+    assert note("torchaudio to transformers", out, tensors["output"]) < 1e-4
