@@ -4,11 +4,10 @@ import pytest
 import torch
 import transformers
 
-from tests.unit.models.originals import FOLDER, recorded
+from tests.unit.models.originals import original_tensors, recorded
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.build import build_model
 from toolkit.models.convert import load_encoder, load_pretrained
-from toolkit.models.convert.unpickle import read_pickle
 from toolkit.models.model_files import read_model_config, save_model_folder
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.nn.fast import set_fast
@@ -57,15 +56,6 @@ def fill(model, table, weights):
     return model
 
 
-def weights_of_the_original():
-    """The recorded checkpoint's, the teacher's with the name of their dict before theirs."""
-    weights = {}
-    for name, value in read_pickle(FOLDER / "data2vec_text" / "checkpoint.pt")["model"].items():
-        inner = value if isinstance(value, dict) else {"": value}
-        weights |= {f"{name}.{rest}".rstrip("."): tensor for rest, tensor in inner.items()}
-    return weights
-
-
 def build(dtype=DOUBLE, *, packed=True, **options):
     torch.manual_seed(0)
     model = TextEncoder(**SETTINGS | options).to(dtype)
@@ -105,7 +95,7 @@ def gradients(model, tokens, **options):
 )
 def test_recorded_run_of_the_original(case, tokens, who, use_fast, packed):
     meta, tensors = recorded("data2vec_text")
-    weights = weights_of_the_original()
+    weights = original_tensors("data2vec_text")
     config = meta["model_config"]["transformer"]["encoder"]
     settings = {
         "vocab_size": len(meta["symbols"]), "dim": config["embed_dim"], "num_layers": config["layers"],

@@ -16,18 +16,15 @@ from toolkit.models.convert.common import Converted, PretrainedInfo, empty_model
 from toolkit.models.convert.fairseq_config import (
     SAMPLE_RATE,
     TEXT_PADDING,
-    Settings,
     ctc_architecture,
     encoder_architecture,
     kept_settings,
-    plain,
     pretraining_architecture,
-    read_settings,
-    setting,
     text_architecture,
     training_notes,
 )
 from toolkit.models.convert.fairseq_names import CTC_PREFIX, TEXT_PREFIX, names_table
+from toolkit.models.convert.fairseq_settings import Settings, plain, read_settings, setting
 from toolkit.models.convert.fairseq_write import write_fairseq
 from toolkit.models.convert.unpickle import StandIn
 from toolkit.models.model_files import TEXT_KINDS, ModelConfig
@@ -136,12 +133,21 @@ def _converted(
     notes: tuple[str, ...],
     tokenizer: LetterTokenizer | None = None,
 ) -> Converted:
-    model = empty_model(kind, architecture, source=path)
+    try:
+        model = empty_model(kind, architecture, source=path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: the settings in it make no model ({error.__cause__ or error}).") from error
     expected = {name: value.shape for name, value in model.state_dict().items()}
     try:
         tensors, missing, rest = import_tensors(names_table(kind, architecture), weights, expected)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the shapes of the tensors do not fit together ({error}).") from error
+    for name in tensors:
+        if tensors[name].shape != expected[name]:
+            raise CheckpointError(
+                f"{path}: by the settings in it {name} has the shape {tuple(expected[name])}, but the tensor's is "
+                f"{tuple(tensors[name].shape)}; the file is damaged or of a program that was changed."
+            )
     unused, unexpected = split_unused(rest, UNUSED[kind])
     rate = 0 if kind in TEXT_KINDS else setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
     said = setting(settings.model, "normalize", bool, False, path)  # fine-tuned models say it in both places
@@ -219,12 +225,12 @@ def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> Le
 
 
 def _stored_dictionary(state: Any, path: Path) -> LetterTokenizer:
-    symbols = state.get("symbols") if isinstance(state, dict) else None
-    counts = state.get("count") if isinstance(state, dict) else None
+    symbols, counts = (state.get(key) if isinstance(state, dict) else None for key in ("symbols", "count"))
     if not isinstance(symbols, list) or symbols[:4] != SPECIALS or not all(isinstance(name, str) for name in symbols):
         raise CheckpointError(f"{path}: the dictionary in it is not {', '.join(SPECIALS)} and then symbols.")
-    known = isinstance(counts, list) and len(counts) == len(symbols) and all(type(count) is int for count in counts)
     if len(set(symbols)) != len(symbols):
         raise TokenError(f"{path}: the dictionary in it holds a symbol twice.")
-    pairs = zip(symbols, counts if known else [0] * len(symbols), strict=True)
-    return LetterTokenizer(dict(list(pairs)[len(SPECIALS) :]), source=str(path))
+    if not isinstance(counts, list) or len(counts) != len(symbols) or any(type(count) is not int for count in counts):
+        counts = [0] * len(symbols)
+    pairs = list(zip(symbols, counts, strict=True))
+    return LetterTokenizer(dict(pairs[len(SPECIALS) :]), source=str(path))
