@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from toolkit.models.build import save_model_folder
 from toolkit.models.convert.huggingface import write_huggingface
 from toolkit.models.convert.huggingface_config import architecture_of
 from toolkit.models.convert.load import load_pretrained
@@ -24,6 +23,7 @@ from toolkit.models.convert.read import read_pretrained
 from toolkit.models.convert.torchaudio import read_torchaudio
 from toolkit.models.ctc import CTCModel, ctc_loss
 from toolkit.models.encoder import Wav2Vec2Encoder
+from toolkit.models.model_files import save_model_folder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 from toolkit.nn.fast.common import set_fast
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from toolkit.data.tokens import LetterTokenizer, SentencePieceTokenizer
 from toolkit.errors import CheckpointError
-from toolkit.models.build import save_model_folder
 from toolkit.models.convert.common import Converted, PretrainedInfo
 from toolkit.models.convert.huggingface import read_huggingface, write_huggingface
 from toolkit.models.convert.huggingface_tokens import read_vocabulary, rows_to_ours, rows_to_theirs
@@ -18,7 +17,7 @@ from toolkit.models.convert.load import build_converted, load_encoder, load_pret
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.ctc import CTCModel
 from toolkit.models.encoder import Wav2Vec2Encoder
-from toolkit.models.model_files import ModelConfig
+from toolkit.models.model_files import ModelConfig, save_model_folder
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 
