@@ -202,7 +202,7 @@ def _import(
     inner = "" if kind in ("wav2vec2_encoder", "text_encoder") else "encoder."
     found, missing, left = import_checked(names_table(model_type, inner), tensors, expected, source=file)
     unused, unexpected = split_unused(left, HEADS if not inner else ())
-    fresh = ()
+    fresh: tuple[str, ...] = ()
     mask = f"{inner}mask_embedding"
     if mask in missing and kind != "wav2vec2_pretraining":
         fresh, missing = (mask,), tuple(name for name in missing if name != mask)

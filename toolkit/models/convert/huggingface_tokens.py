@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -146,20 +146,21 @@ def _tokenizer(
     settings = files.get("tokenizer_config.json", {})
     delimiter = _special_token(files, "word_delimiter_token", "|")
     taken = set(symbols.values()) - {delimiter}
-    boundary = delimiter
-    if not delimiter or delimiter.split() != [delimiter]:
-        boundary = next(sign for sign in BOUNDARIES if sign not in taken)
+    spare = next((sign for sign in BOUNDARIES if sign not in taken), "<space>")
+    boundary = delimiter if delimiter and delimiter.split() == [delimiter] else spare
     names: list[str] = []
     for row in rows:
         name = symbols.get(row)
         name = boundary if name is not None and name == delimiter else name
         unusable = not name or "\n" in name or name in names or name in ("<s>", "<pad>", "</s>", "<unk>")
-        names.append(f"<row{row}>" if unusable else name)
+        names.append(f"<row{row}>" if not name or unusable else name)
     lower = settings.get("do_lower_case") is True
     notes = _notes(names, boundary, lower)
-    options = {"unknown": "unk" if known else "error", "case": "upper" if lower else "keep"}
+    unknown: Literal["unk", "error"] = "unk" if known else "error"
+    case: Literal["upper", "keep"] = "upper" if lower else "keep"
+    file = str(source / VOCAB_FILE)
     try:
-        return LetterTokenizer(names, word_boundary=boundary, source=str(source / VOCAB_FILE), **options), notes
+        return LetterTokenizer(names, word_boundary=boundary, source=file, unknown=unknown, case=case), notes
     except TokenError as error:
         raise CheckpointError(f"{source}: {VOCAB_FILE} makes no letters ({error}).") from error
 
