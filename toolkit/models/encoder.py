@@ -85,6 +85,8 @@ class Wav2Vec2Encoder(nn.Module):
     norm_over_padding : True takes the group norm's statistics and the feature penalty over padding too, as the
         originals do, so that an utterance's features depend on how far its batch is padded. False: each
         utterance gets what it gets alone.
+    always_project : project features that have the transformer's width already, too (data2vec); False: they go in as
+        they are (wav2vec 2.0).
     dim, num_layers, ffn_dim, num_heads : width, depth, inner width and heads of the transformer.
     pre_norm : layer norms before (LARGE) or after (BASE) each block.
     pos_kernel, pos_groups, pos_depth : the positional convolution (depth above 1: data2vec's stack).
@@ -118,6 +120,7 @@ class Wav2Vec2Encoder(nn.Module):
         extractor_norm: str = "group",
         conv_bias: bool = False,
         norm_over_padding: bool = False,
+        always_project: bool = False,
         dim: int = 768,
         num_layers: int = 12,
         ffn_dim: int = 3072,
@@ -170,8 +173,9 @@ class Wav2Vec2Encoder(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.feature_norm = nn.LayerNorm(conv_layers[-1][0])
-        # As in the originals: features that already have the transformer's width go in as they are.
-        self.projection = nn.Linear(conv_layers[-1][0], dim) if conv_layers[-1][0] != dim else None
+        # As in the originals, which differ from each other only where the widths are equal.
+        projects = always_project or conv_layers[-1][0] != dim
+        self.projection = nn.Linear(conv_layers[-1][0], dim) if projects else None
         self.mask_embedding = nn.Parameter(torch.empty(dim).uniform_())
         self.transformer = TransformerEncoder(
             num_layers=num_layers,

@@ -19,6 +19,7 @@ from toolkit.models.model_files import (
     read_model_folder,
     save_model_folder,
 )
+from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 
 __all__ = [
@@ -41,6 +42,8 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
     """
     settings = dict(architecture)
     try:
+        if kind == "text_encoder":
+            return TextEncoder(**settings)
         encoder = Wav2Vec2Encoder(**encoder_settings(architecture, source=source))
         settings.pop("encoder", None)
         if kind == "wav2vec2_encoder":

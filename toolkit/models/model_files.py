@@ -25,8 +25,11 @@ from toolkit.errors import CheckpointError
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = "toolkit-model-1"
-KINDS = ("wav2vec2_encoder", "wav2vec2_pretraining", "ctc")
-"""What a folder can hold; the encoder's tensors are under ``encoder.`` in all but the first."""
+KINDS = ("wav2vec2_encoder", "wav2vec2_pretraining", "ctc", "text_encoder")
+"""What a folder can hold; the encoder's tensors are under ``encoder.`` in all but the plain encoders."""
+
+TEXT_KINDS = ("text_encoder",)
+"""Those whose input is text: their sample_rate is 0."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ModelConfig:
 
     kind : one of KINDS.
     architecture : the constructor's arguments, plain JSON.
-    sample_rate : Hz, of the waveforms that the model was trained on.
+    sample_rate : Hz, of the waveforms that the model was trained on; 0 for a model of text.
     normalize : whether each waveform is brought to zero mean and unit variance before it enters the model.
     tokens : kind, file and options of the tokenizer beside it (``toolkit.data.tokens.load_tokenizer``), or None.
     extra : anything else that the writer wanted to keep (plain JSON).
@@ -81,7 +84,7 @@ def save_model_folder(
     folder : where to.
     model : a module with ``config``, the arguments of its constructor as plain JSON.
     kind : one of KINDS.
-    sample_rate : Hz.
+    sample_rate : Hz; 0 for a model of text.
     normalize : see :class:`ModelConfig`.
     tokenizer : kept beside the model if given.
     extra : plain JSON to keep in the configuration.
@@ -236,8 +239,10 @@ def _checked_config(raw: Any, path: Path) -> ModelConfig:
     for key, kind in expected.items():
         if key not in raw or not isinstance(raw[key], kind) or (kind is int and isinstance(raw[key], bool)):
             raise CheckpointError(f"{path}: {key} is {raw.get(key, 'missing')!r}, which no model has; {advice}")
-    if raw["sample_rate"] < 1:
-        raise CheckpointError(f"{path}: sample_rate is {raw['sample_rate']}, expected Hz above 0; {advice}")
+    is_text = raw["kind"] in TEXT_KINDS
+    if raw["sample_rate"] != 0 if is_text else raw["sample_rate"] < 1:
+        expected_rate = "0, for it is of text" if is_text else "Hz above 0"
+        raise CheckpointError(f"{path}: sample_rate is {raw['sample_rate']}, expected {expected_rate}; {advice}")
     tokens = raw["tokens"]
     if tokens is not None:
         file = tokens.get("file")

@@ -184,6 +184,121 @@ class TransformerLayer(nn.Module):
         )
 
 
+class LayerStack(nn.ModuleList):
+    """Blocks one on top of the other, with layerdrop: what the transformers of speech and of text have in common.
+
+    Arguments
+    ---------
+    num_layers : how many.
+    dim, ffn_dim, num_heads, dropout, attention_dropout, activation_dropout, pre_norm : of each, see
+        :class:`TransformerLayer`.
+    layerdrop : probability of leaving a block out in training.
+    gradient_checkpointing : recompute each block in the backward pass (with the same dropout) to save memory.
+
+    Raises
+    ------
+    ModelError : settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        layerdrop: float,
+        pre_norm: bool,
+        gradient_checkpointing: bool,
+    ) -> None:
+        if num_heads < 1 or dim % num_heads:
+            raise ModelError(f"the transformer's dim {dim} is no multiple of its num_heads {num_heads}.")
+        if num_layers < 0 or ffn_dim < 1:
+            raise ModelError(
+                f"the transformer has {num_layers} layers of inner width {ffn_dim}; expected at least 0 and 1."
+            )
+        check_drop_probabilities(
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            layerdrop=layerdrop,
+        )
+        super().__init__(
+            TransformerLayer(
+                dim=dim,
+                ffn_dim=ffn_dim,
+                num_heads=num_heads,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                pre_norm=pre_norm,
+            )
+            for _ in range(num_layers)
+        )
+        self.layerdrop, self.gradient_checkpointing = layerdrop, gradient_checkpointing
+
+    def reset_last(self, count: int) -> None:
+        """Give the last ``count`` blocks fresh weights; raises ModelError if there are not so many."""
+        if not 0 <= count <= len(self):
+            raise ModelError(f"{count} layers cannot be reset; the encoder has {len(self)}.")
+        for layer in list(self)[len(self) - count :]:
+            for part in layer.children():
+                if isinstance(part, nn.LayerNorm):
+                    part.reset_parameters()
+                else:
+                    _draw_weights(part)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        *,
+        rng: Randomness | None = None,
+        layers: bool = False,
+        wanted: WantedRows | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The last block's output, and with ``layers`` (output, feed-forward output) of each block that ran.
+
+        Arguments
+        ---------
+        x : (rows, dim).
+        layout : whose the rows are.
+        rng : randomness of this micro-batch; None means evaluation.
+        layers : also return what each block gives, (rows, dim) both.
+        wanted : the result is for these of the packed rows alone, and the last block does not compute the others.
+        """
+        chosen = self._layers_to_run(rng)
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for i in chosen:
+            x, ffn = self._run_layer(i, x, layout, rng, layers, wanted if i == chosen[-1] else None)
+            if layers:
+                outputs.append((x, ffn))
+        if wanted is not None and not chosen:
+            x = x.index_select(0, wanted.rows)
+        return x, outputs
+
+    def _layers_to_run(self, rng: Randomness | None) -> list[int]:
+        if rng is None or self.layerdrop == 0:
+            return list(range(len(self)))
+        return [i for i, u in enumerate(rng.numpy("layerdrop").random(len(self))) if u > self.layerdrop]
+
+    def _run_layer(
+        self, i: int, x: Tensor, layout: Layout, rng: Randomness | None, need_ffn: bool, wanted: WantedRows | None
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            # a fresh stream for each call: a recomputed block draws the decisions it drew before
+            bits = None if rng is None else DropoutBits(rng.child("layer", i), x.device)
+            return self[i](x, layout, bits=bits, need_ffn=need_ffn, wanted=wanted)
+
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            own_bits = rng is None or x.device.type == "cpu"
+            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not own_bits)
+        return run(x)
+
+
 class TransformerEncoder(nn.Module):
     """Positional convolution and a stack of blocks (wav2vec 2.0, section 2). Defaults are BASE's.
 
@@ -226,34 +341,21 @@ class TransformerEncoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ModelError(f"the transformer's dim {dim} is no multiple of its num_heads {num_heads}.")
-        if num_layers < 0 or ffn_dim < 1:
-            raise ModelError(
-                f"the transformer has {num_layers} layers of inner width {ffn_dim}; expected at least 0 and 1."
-            )
-        check_drop_probabilities(
+        self.dropout, self.pre_norm = dropout, pre_norm
+        self.short_frames = SHORT_FRAMES
+        self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth)
+        self.norm = nn.LayerNorm(dim)
+        self.layers = LayerStack(
+            num_layers=num_layers,
+            dim=dim,
+            ffn_dim=ffn_dim,
+            num_heads=num_heads,
             dropout=dropout,
             attention_dropout=attention_dropout,
             activation_dropout=activation_dropout,
             layerdrop=layerdrop,
-        )
-        self.layerdrop, self.dropout, self.pre_norm = layerdrop, dropout, pre_norm
-        self.gradient_checkpointing = gradient_checkpointing
-        self.short_frames = SHORT_FRAMES
-        self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth)
-        self.norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                dim=dim,
-                ffn_dim=ffn_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                activation_dropout=activation_dropout,
-                pre_norm=pre_norm,
-            )
-            for _ in range(num_layers)
+            pre_norm=pre_norm,
+            gradient_checkpointing=gradient_checkpointing,
         )
 
     def reset_layers(self, count: int) -> None:
@@ -271,14 +373,7 @@ class TransformerEncoder(nn.Module):
         ------
         ModelError : there are not so many.
         """
-        if not 0 <= count <= len(self.layers):
-            raise ModelError(f"{count} layers cannot be reset; the encoder has {len(self.layers)}.")
-        for layer in self.layers[len(self.layers) - count :]:
-            for part in layer.children():
-                if isinstance(part, nn.LayerNorm):
-                    part.reset_parameters()
-                else:
-                    _draw_weights(part)
+        self.layers.reset_last(count)
 
     def forward(
         self,
@@ -324,39 +419,17 @@ class TransformerEncoder(nn.Module):
         wanted = None
         if packed and positions is not None and not layers:
             wanted = WantedRows.of(positions, layout.lengths, frames)
-        chosen = self._layers_to_run(rng)
-        outputs: list[tuple[Tensor, Tensor]] = []
-        for i in chosen:
-            last = wanted if i == chosen[-1] else None
-            x, ffn = self._run_layer(i, x, layout, rng, layers, last)
-            if layers:
-                outputs.append(tuple(self._unpacked(rows, layout, frames) for rows in (x, ffn)))
+        x, outputs = self.layers(x, layout, rng=rng, layers=layers, wanted=wanted)
         if self.pre_norm:
             x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         if wanted is not None:
-            return x if chosen else x.index_select(0, wanted.rows)
+            return x
         x = self._unpacked(x, layout, frames)
         if positions is not None:
             x = x.flatten(0, 1).index_select(0, positions)
-        return (x, outputs) if layers else x
-
-    def _layers_to_run(self, rng: Randomness | None) -> list[int]:
-        if rng is None or self.layerdrop == 0:
-            return list(range(len(self.layers)))
-        return [i for i, u in enumerate(rng.numpy("layerdrop").random(len(self.layers))) if u > self.layerdrop]
-
-    def _run_layer(
-        self, i: int, x: Tensor, layout: Layout, rng: Randomness | None, need_ffn: bool, wanted: WantedRows | None
-    ) -> tuple[Tensor, Tensor | None]:
-        def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            # a fresh stream for each call: a recomputed block draws the decisions it drew before
-            bits = None if rng is None else DropoutBits(rng.child("layer", i), x.device)
-            return self.layers[i](x, layout, bits=bits, need_ffn=need_ffn, wanted=wanted)
-
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            own_bits = rng is None or x.device.type == "cpu"
-            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not own_bits)
-        return run(x)
+        if not layers:
+            return x
+        return x, [tuple(self._unpacked(rows, layout, frames) for rows in pair) for pair in outputs]
 
     @staticmethod
     def _unpacked(rows: Tensor, layout: Layout, frames: int) -> Tensor:

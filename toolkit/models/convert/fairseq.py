@@ -1,13 +1,42 @@
-"""fairseq's checkpoints (.pt)."""
+"""fairseq's checkpoints (.pt): wav2vec 2.0, models fine-tuned with CTC, and data2vec, to the toolkit's terms."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import CheckpointError
-from toolkit.models.convert.common import Converted
+import torch
+from torch import Tensor
+
+from toolkit.data.tokens import LetterTokenizer
+from toolkit.errors import CheckpointError, TokenError
+from toolkit.models.convert.common import Converted, PretrainedInfo, import_tensors, split_unused
+from toolkit.models.convert.fairseq_config import (
+    SAMPLE_RATE,
+    Settings,
+    ctc_architecture,
+    encoder_architecture,
+    plain,
+    pretraining_architecture,
+    read_settings,
+    setting,
+    training_notes,
+)
+from toolkit.models.convert.fairseq_names import CTC_PREFIX, names_table
+from toolkit.models.convert.unpickle import StandIn
+from toolkit.models.folder import build_model
+from toolkit.models.model_files import ModelConfig
+
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
+HEADS = ("quantizer.*", "project_q.*", "final_proj.*", "target_glu.*")
+"""What a pretraining model has on top of its encoder."""
+UNUSED: dict[str, tuple[str, ...]] = {
+    "wav2vec2_pretraining": (),
+    "wav2vec2_encoder": (*HEADS, "_ema.*"),
+    "ctc": tuple(CTC_PREFIX + pattern for pattern in (*HEADS, "_ema.*")),
+}
 
 
 def is_fairseq(contents: object) -> bool:
@@ -16,10 +45,162 @@ def is_fairseq(contents: object) -> bool:
 
 
 def read_fairseq(contents: Mapping[str, Any], path: Path) -> Converted:
-    """A checkpoint in the toolkit's terms."""
-    raise CheckpointError(f"{path}: fairseq's checkpoints cannot be read yet.")
+    """A checkpoint in the toolkit's terms.
+
+    Arguments
+    ---------
+    contents : of the file, as :func:`toolkit.models.convert.unpickle.read_pickle` gives them.
+    path : the file; a dictionary of letters is looked for beside it.
+
+    Raises
+    ------
+    CheckpointError : the model is of a kind or built with a setting that the toolkit lacks, or settings or tensors
+        make no sense.
+    TokenError : the dictionary beside the file is damaged.
+    """
+    config = contents.get("cfg") if contents.get("cfg") is not None else contents.get("args")
+    settings = read_settings(config, path)
+    weights, notes = _weights(contents["model"], path)
+    name = _model_name(settings, weights, path)
+    if name == "wav2vec_ctc":
+        return _read_ctc(settings, weights, contents.get("task_state"), path, notes)
+    notes += training_notes(settings.model)
+    if name == "data2vec_audio":
+        kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=True, path=path)
+    elif any(key.startswith(("quantizer.", "project_q.", "final_proj.")) for key in weights):
+        kind, architecture = "wav2vec2_pretraining", pretraining_architecture(settings, path)
+    else:
+        kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=False, path=path)
+        notes += ("there are no tensors of the quantizer and its projections: this is the encoder alone",)
+    return _converted(kind, architecture, settings, weights, path, notes)
 
 
-def write_fairseq(converted: Converted, path: Path) -> None:
-    """Write a checkpoint that fairseq opens."""
-    raise CheckpointError(f"{path}: fairseq's checkpoints cannot be written yet.")
+def _read_ctc(
+    settings: Settings, weights: dict[str, Tensor], task_state: Any, path: Path, notes: tuple[str, ...]
+) -> Converted:
+    """A fine-tuned model, whose pretraining settings lie inside its own."""
+    if settings.model.get("w2v_args") is None:
+        raise CheckpointError(
+            f"{path}: the settings of the pretrained model (w2v_args) are not in the file, only its path "
+            f"{settings.model.get('w2v_path')!r}; load it in fairseq once and save it again, which stores them."
+        )
+    inner = read_settings(settings.model["w2v_args"], path)
+    name = _model_name(inner, {key.removeprefix(CTC_PREFIX): value for key, value in weights.items()}, path)
+    if name not in ("wav2vec2", "data2vec_audio"):
+        raise CheckpointError(f"{path}: a model fine-tuned from {name!r} cannot be used here.")
+    head = weights.get("w2v_encoder.proj.weight")
+    if head is None or head.dim() != 2:
+        raise CheckpointError(f"{path}: the output layer w2v_encoder.proj.weight is missing; the file is no CTC model.")
+    architecture = ctc_architecture(settings, inner, data2vec=name == "data2vec_audio", path=path)
+    architecture["vocab_size"] = len(head)
+    tokenizer = _tokenizer(settings, task_state, len(head), path)
+    notes += training_notes({**inner.model, **settings.model})
+    if tokenizer is None:
+        notes += ("no dictionary (dict.ltr.txt) lies beside the file: the meaning of the outputs is not known",)
+    return _converted("ctc", architecture, settings, weights, path, notes, tokenizer)
+
+
+def _converted(
+    kind: str,
+    architecture: dict[str, Any],
+    settings: Settings,
+    weights: dict[str, Tensor],
+    path: Path,
+    notes: tuple[str, ...],
+    tokenizer: LetterTokenizer | None = None,
+) -> Converted:
+    with torch.device("meta"):
+        expected = {
+            name: value.shape for name, value in build_model(kind, architecture, source=path).state_dict().items()
+        }
+    try:
+        tensors, missing, rest = import_tensors(names_table(kind, architecture), weights, expected)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the shapes of the tensors do not fit together ({error}).") from error
+    unused, unexpected = split_unused(rest, UNUSED[kind])
+    rate = setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
+    normalize = setting(settings.task, "normalize", bool, None, path)
+    if normalize is None:  # fine-tuned models say it in both places
+        normalize = setting(settings.model, "normalize", bool, False, path)
+    info = PretrainedInfo(
+        kind=kind,
+        source=f"fairseq, {settings.generation}",
+        sample_rate=rate,
+        normalize=normalize,
+        labels=None if tokenizer is None else tokenizer.labels,
+        unused=unused,
+        notes=notes,
+    )
+    tokens = None if tokenizer is None else tokenizer.config
+    config = ModelConfig(kind, architecture, sample_rate=rate, normalize=normalize, tokens=tokens, extra={})
+    return Converted(config, tensors, info, tokenizer=tokenizer, missing=missing, unexpected=unexpected)
+
+
+def _weights(model: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """All tensors by name, a nested dict's after a dot, in float32 at least; and a note if they were not."""
+    if not isinstance(model, Mapping):
+        raise CheckpointError(f"{path}: 'model' holds no tensors by name; the file is damaged.")
+    weights: dict[str, Tensor] = {}
+    for name, value in model.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        for rest, tensor in inner:
+            full = f"{name}.{rest}" if rest else str(name)
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{path}: {full} is no tensor; the file is damaged or of another program.")
+            weights[full] = tensor.detach()
+    halves = {name for name, value in weights.items() if value.dtype in (torch.float16, torch.bfloat16)}
+    if not halves:
+        return weights, ()
+    formats = sorted({str(weights[name].dtype).removeprefix("torch.") for name in halves})
+    widened = {name: value.float() if name in halves else value for name, value in weights.items()}
+    return widened, (f"{len(halves)} tensors were stored as {' and '.join(formats)} and are widened to float32",)
+
+
+def _model_name(settings: Settings, weights: Mapping[str, Tensor], path: Path) -> str:
+    """The registered name of the model; from its tensors where the settings say none."""
+    if any("modality_encoders." in name for name in weights) or settings.name == "data2vec_multi":
+        raise CheckpointError(
+            f"{path}: this is a data2vec 2.0 model, which the toolkit does not have; data2vec 1 it has."
+        )
+    name = settings.name
+    if name is None:
+        name = "wav2vec_ctc" if any(key.startswith(CTC_PREFIX) for key in weights) else "wav2vec2"
+    if name not in ("wav2vec2", "wav2vec_ctc", "data2vec_audio"):
+        raise CheckpointError(
+            f"{path}: a model of fairseq's architecture {name!r} cannot be used here; known are wav2vec2, wav2vec_ctc, "
+            "data2vec_audio and data2vec_text."
+        )
+    return name
+
+
+def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> LetterTokenizer | None:
+    """The dictionary in the checkpoint, or beside it."""
+    stored = task_state.get("target_dictionary") if isinstance(task_state, Mapping) else None
+    if isinstance(stored, StandIn):
+        tokenizer, source = _stored_dictionary(plain(stored), path), "the dictionary in it"
+    else:
+        labels = settings.task.get("labels")
+        labels = labels if isinstance(labels, str) and re.fullmatch(r"[\w-]+", labels) else "ltr"
+        file = next((path.with_name(f"dict.{kind}.txt") for kind in (labels, "ltr")
+                     if path.with_name(f"dict.{kind}.txt").is_file()), None)  # fmt: skip
+        if file is None:
+            return None
+        tokenizer, source = LetterTokenizer.from_file(file), file.name
+    if tokenizer.vocab_size != rows:
+        raise CheckpointError(
+            f"{path}: the model has {rows} outputs, but {source} holds {tokenizer.vocab_size} symbols, the four "
+            "special ones included; put the dictionary that the model was trained with beside it."
+        )
+    return tokenizer
+
+
+def _stored_dictionary(state: Any, path: Path) -> LetterTokenizer:
+    symbols = state.get("symbols") if isinstance(state, dict) else None
+    counts = state.get("count") if isinstance(state, dict) else None
+    if not isinstance(symbols, list) or symbols[:4] != SPECIALS or not all(isinstance(name, str) for name in symbols):
+        raise CheckpointError(f"{path}: the dictionary in it is not {', '.join(SPECIALS)} and then symbols.")
+    known = isinstance(counts, list) and len(counts) == len(symbols) and all(type(count) is int for count in counts)
+    if len(set(symbols)) != len(symbols):
+        raise TokenError(f"{path}: the dictionary in it holds a symbol twice.")
+    pairs = zip(symbols, counts if known else [0] * len(symbols), strict=True)
+    return LetterTokenizer(dict(list(pairs)[len(SPECIALS) :]), source=str(path))

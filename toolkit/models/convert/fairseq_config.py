@@ -1,0 +1,355 @@
+"""fairseq's settings, of either generation, as the toolkit's.
+
+Until 2020 a checkpoint held one flat ``argparse.Namespace``; since then it holds nested groups, for a while as an
+object of omegaconf's and later as plain dicts. What is missing in a file has the default that it had in fairseq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import CheckpointError
+from toolkit.models.convert.unpickle import StandIn
+
+EXTRACTOR_NORMS = {"default": "group", "layer_norm": "layer"}
+BASE_CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
+MOST_CONV_LAYERS = 100
+SAMPLE_RATE = 16000
+
+ENCODER_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
+    ("dim", "encoder_embed_dim", int, 768),
+    ("num_layers", "encoder_layers", int, 12),
+    ("ffn_dim", "encoder_ffn_embed_dim", int, 3072),
+    ("num_heads", "encoder_attention_heads", int, 12),
+    ("conv_bias", "conv_bias", bool, False),
+    ("pre_norm", "layer_norm_first", bool, False),
+    ("pos_kernel", "conv_pos", int, 128),
+    ("pos_groups", "conv_pos_groups", int, 16),
+    ("pos_depth", "pos_conv_depth", int, 1),
+    ("dropout", "dropout", float, 0.1),
+    ("attention_dropout", "attention_dropout", float, 0.1),
+    ("activation_dropout", "activation_dropout", float, 0.0),
+    ("dropout_input", "dropout_input", float, 0.0),
+    ("layerdrop", "encoder_layerdrop", float, 0.0),
+    ("feature_grad_mult", "feature_grad_mult", float, 1.0),
+    ("mask_prob", "mask_prob", float, 0.65),
+    ("mask_length", "mask_length", int, 10),
+    ("mask_channel_prob", "mask_channel_prob", float, 0.0),
+    ("mask_channel_length", "mask_channel_length", int, 10),
+    ("equal_mask_counts", "require_same_masks", bool, True),
+    ("gradient_checkpointing", "checkpoint_activations", bool, False),
+)
+"""Ours, fairseq's name, type and fairseq's default."""
+
+PRETRAINING_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
+    ("num_groups", "latent_groups", int, 2),
+    ("num_codes", "latent_vars", int, 320),
+    ("num_negatives", "num_negatives", int, 100),
+    ("logit_temperature", "logit_temp", float, 0.1),
+    ("dropout_features", "dropout_features", float, 0.0),
+)
+
+REPRESENTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "encoder": {
+        "layer_type": ("transformer",),
+        "activation_fn": ("gelu",),
+        "quantize_input": (False,),
+        "crop_seq_to_multiple": (1,),
+        "conv_pos_batch_norm": (False,),
+    },
+    "pretraining": {
+        "quantize_targets": (True,),
+        "quantizer_depth": (1,),
+        "target_glu": (False,),
+        "cross_sample_negatives": (0,),
+        "codebook_negatives": (0,),
+        "negatives_from_everywhere": (False,),
+    },
+    "ctc": {"blank_weight": (0,), "layer_type": ("transformer",)},
+    "text": {
+        "activation_fn": ("gelu",),
+        "normalize_before": (False,),
+        "learned_pos": (True,),
+        "layernorm_embedding": (True,),
+        "no_scale_embedding": (True,),
+        "no_token_positional_embeddings": (False,),
+    },
+}
+"""Settings that change results, and the values of them that the toolkit's models can take."""
+
+TRAINING_ONLY = {
+    "mask_selection": "static",
+    "mask_channel_selection": "static",
+    "no_mask_overlap": False,
+    "no_mask_channel_overlap": False,
+    "mask_dropout": 0.0,
+    "mask_channel_before": False,
+}
+"""Settings of the masks that the toolkit lacks; they change nothing in a model that is used or trained otherwise."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checkpoint's settings: the model's registered name, the groups, and which generation they are of."""
+
+    name: str | None
+    model: dict[str, Any]
+    task: dict[str, Any]
+    criterion: dict[str, Any]
+    generation: str
+
+
+def plain(value: Any) -> Any:
+    """Settings of any form as dicts, lists, numbers and strings."""
+    if isinstance(value, argparse.Namespace):
+        return {key: plain(item) for key, item in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if not isinstance(value, StandIn):
+        return value
+    state = value.state if isinstance(value.state, Mapping) else {}
+    for content in ("_content", "_val"):  # of omegaconf's containers and nodes
+        if content in state:
+            return plain(state[content])
+    if state:
+        return plain(state)
+    return plain(value.args[0]) if len(value.args) == 1 else None  # a choice of a list, by its value
+
+
+def read_settings(config: Any, path: Path) -> Settings:
+    """The settings in ``args`` or ``cfg``.
+
+    Raises
+    ------
+    CheckpointError : they are no settings.
+    """
+    try:
+        raw = plain(config)
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: the settings in it contain themselves; the file is damaged.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: the checkpoint holds no settings (args or cfg); without them nothing is known.")
+    if not isinstance(raw.get("model"), dict):
+        return Settings(_name(raw.get("arch")), raw, raw, raw, "args")
+    groups = [_resolved(_group(raw, key), raw) for key in ("model", "task", "criterion")]
+    name = _name(groups[0].get("_name")) or _name(groups[0].get("arch"))
+    return Settings(name, groups[0], groups[1], groups[2], "cfg")
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _group(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    group = raw.get(key)
+    return group if isinstance(group, dict) else {}
+
+
+def _resolved(group: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
+    """References to other settings (``${task.normalize}``) replaced by their values, by None where there is none."""
+    resolved = {}
+    for key, value in group.items():
+        for _ in range(5):  # a reference to a reference; not for ever
+            if not isinstance(value, str) or not (match := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+                break
+            value = root
+            for part in match[1].split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+        resolved[key] = value
+    return resolved
+
+
+def setting(group: Mapping[str, Any], key: str, kind: type, default: Any, path: Path) -> Any:
+    """A setting as a number, bool, list or string; older files hold some of them as text.
+
+    Raises
+    ------
+    CheckpointError : the value is of another type.
+    """
+    value = group.get(key)
+    if value is None:
+        return default
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = ast.literal_eval(value) if len(value) < 1000 else None
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = None
+    if kind is list and isinstance(value, tuple):
+        value = list(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise CheckpointError(f"{path}: the setting {key} is {_short(group[key])}, expected {kind.__name__}.")
+    return value
+
+
+def conv_layers(value: Any, path: Path) -> list[list[int]]:
+    """(channels, kernel, stride) of each convolution, from fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4" or a list.
+
+    The text is taken apart, never evaluated.
+
+    Raises
+    ------
+    CheckpointError : it is anything but lists of three positive numbers, added and repeated.
+    """
+    try:
+        layers = _layers(ast.parse(value.strip(), mode="eval").body) if isinstance(value, str) else value
+        layers = [[_whole(number) for number in layer] for layer in layers]
+        if not layers or any(len(layer) != 3 or min(layer) < 1 for layer in layers):
+            raise ValueError("no layers of three numbers")
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path}: conv_feature_layers is {_short(value)}, expected (channels, kernel, stride) of each convolution, "
+            "as in '[(512, 10, 5)] + [(512, 3, 2)] * 4'."
+        ) from error
+    return layers
+
+
+def _layers(node: ast.expr) -> list[Any]:
+    """The list that an expression of lists, sums and repetitions stands for."""
+    if isinstance(node, ast.List):
+        layers = [_numbers(item) for item in node.elts]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        layers = _layers(node.left) + _layers(node.right)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and isinstance(node.right, ast.Constant):
+        count = _whole(node.right.value)
+        if not 0 <= count <= MOST_CONV_LAYERS:
+            raise ValueError("too many layers")
+        layers = _layers(node.left) * count
+    else:
+        raise ValueError("no list")
+    if len(layers) > MOST_CONV_LAYERS:
+        raise ValueError("too many layers")
+    return layers
+
+
+def _numbers(node: ast.expr) -> list[int]:
+    if not isinstance(node, ast.Tuple | ast.List) or not all(isinstance(item, ast.Constant) for item in node.elts):
+        raise ValueError("no tuple of numbers")
+    return [_whole(item.value) for item in node.elts if isinstance(item, ast.Constant)]
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise ValueError("no whole number")
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_represented(group: Mapping[str, Any], part: str, path: Path) -> None:
+    """Raise CheckpointError where a setting has a value that the toolkit's models cannot take."""
+    for key, known in REPRESENTED[part].items():
+        value = group.get(key)
+        if value is not None and value not in known:
+            raise CheckpointError(
+                f"{path}: the model was built with {key} = {_short(value)}, which the models here cannot represent; "
+                f"known is {', '.join(map(repr, known))}."
+            )
+
+
+def training_notes(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line for each setting of the masks that is left out."""
+    return tuple(
+        f"{key} = {_short(group[key])} is left out; it changes nothing but the masks of further training"
+        for key, usual in TRAINING_ONLY.items()
+        if group.get(key) is not None and group[key] != usual
+    )
+
+
+def encoder_architecture(model: Mapping[str, Any], *, data2vec: bool, path: Path) -> dict[str, Any]:
+    """The encoder's arguments from the settings of a pretraining model.
+
+    Raises
+    ------
+    CheckpointError : a setting has a value that the encoder cannot take.
+    """
+    check_represented(model, "encoder", path)
+    mode = setting(model, "extractor_mode", str, "default", path)
+    if mode not in EXTRACTOR_NORMS:
+        raise CheckpointError(
+            f"{path}: the model was built with extractor_mode = {mode!r}, which the models here cannot represent; "
+            f"known are {', '.join(EXTRACTOR_NORMS)}."
+        )
+    architecture = {name: setting(model, key, kind, default, path) for name, key, kind, default in ENCODER_SETTINGS}
+    layers = conv_layers(model.get("conv_feature_layers") or BASE_CONV_LAYERS, path)
+    return {
+        "conv_layers": layers,
+        "extractor_norm": EXTRACTOR_NORMS[mode],
+        "norm_over_padding": True,
+        "always_project": data2vec and layers[-1][0] == architecture["dim"],
+        "min_masks": 1 if data2vec else 2,
+        **architecture,
+    }
+
+
+def pretraining_architecture(settings: Settings, path: Path) -> dict[str, Any]:
+    """The arguments of the pretraining model, the encoder's under ``encoder``.
+
+    Raises
+    ------
+    CheckpointError : a setting has a value that the model cannot take.
+    """
+    model = settings.model
+    check_represented({"quantize_targets": False, **model}, "pretraining", path)
+    encoder = encoder_architecture(model, data2vec=False, path=path)
+    own = {name: setting(model, key, kind, default, path) for name, key, kind, default in PRETRAINING_SETTINGS}
+    final_dim = setting(model, "final_dim", int, 0, path)
+    latent_dim = setting(model, "latent_dim", int, 0, path)
+    temperature = setting(model, "latent_temp", list, [2, 0.5, 0.999995], path)
+    if len(temperature) != 3:
+        raise CheckpointError(f"{path}: the setting latent_temp is {temperature}, expected start, end and decay.")
+    diversity, penalty = _loss_weights(settings.criterion, path)
+    return {
+        "encoder": encoder,
+        "final_dim": final_dim if final_dim > 0 else encoder["dim"],
+        "code_dim": latent_dim if latent_dim > 0 else None,
+        "temperature": temperature,
+        "diversity_weight": diversity,
+        "penalty_weight": penalty,
+        **own,
+    }
+
+
+def _loss_weights(criterion: Mapping[str, Any], path: Path) -> tuple[float, float]:
+    """Weights of the diversity and of the feature penalty; those of the paper where the file says nothing."""
+    weights = setting(criterion, "loss_weights", list, None, path)
+    if weights is None:
+        return (0.1, 10.0) if "loss_weights" not in criterion else (0.0, 0.0)
+    weights = weights * 2 if len(weights) == 1 else weights  # one is for both
+    if len(weights) != 2 or not all(type(weight) in (int, float) for weight in weights):
+        raise CheckpointError(f"{path}: the setting loss_weights is {_short(weights)}, expected two numbers.")
+    return float(weights[0]), float(weights[1])
+
+
+def ctc_architecture(outer: Settings, inner: Settings, *, data2vec: bool, path: Path) -> dict[str, Any]:
+    """The arguments of a fine-tuned model but its vocabulary: the inner settings, overridden by the outer ones.
+
+    Raises
+    ------
+    CheckpointError : a setting has a value that the model cannot take.
+    """
+    check_represented(outer.model, "ctc", path)
+    same = [key for _, key, _, _ in ENCODER_SETTINGS if key in outer.model and key != "encoder_layerdrop"]
+    overrides = {key: outer.model[key] for key in same if outer.model[key] is not None}
+    if outer.model.get("layerdrop") is not None:
+        overrides["encoder_layerdrop"] = outer.model["layerdrop"]
+    encoder = encoder_architecture({**inner.model, **overrides}, data2vec=data2vec, path=path)
+    if not setting(outer.model, "apply_mask", bool, False, path):
+        encoder |= {"mask_prob": 0.0, "mask_channel_prob": 0.0}
+    return {
+        "encoder": encoder,
+        "final_dropout": setting(outer.model, "final_dropout", float, 0.0, path),
+        "freeze_updates": setting(outer.model, "freeze_finetune_updates", int, 0, path),
+    }
