@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from tests.parity.recording import Recording, RecordingError
 from tests.parity.report import Measured
-from tests.unit.models.originals import view_as_original
+from toolkit.models.convert.common import export_tensors
+from toolkit.models.convert.fairseq_names import names_table
+from toolkit.models.ctc import CTCModel
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.nn.fast.common import set_fast
 from toolkit.nn.feature_extractor import FeatureExtractor
@@ -103,16 +104,11 @@ def watch(model: nn.Module, **modules: str) -> dict[str, Tensor]:
     return seen
 
 
-def gradients(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """The gradients that the model has now, copied, under those of the originals' ``names`` that it has."""
-    ours = {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
-    found = {}
-    for name in names:
-        try:
-            found[name] = view_as_original(name, ours)
-        except KeyError:
-            continue
-    return found
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that the model has now, copied, under the originals' names."""
+    ours = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    kind = "ctc" if isinstance(model, CTCModel) else "wav2vec2_pretraining"
+    return export_tensors(names_table(kind, model.config), ours)
 
 
 def say_gradients(recording: Recording, measured: Measured, model: nn.Module, prefix: str, norms: str) -> None:
@@ -121,7 +117,7 @@ def say_gradients(recording: Recording, measured: Measured, model: nn.Module, pr
     scalars = [path for path in recording.scalars if path.startswith(f"scalars.{norms}.")]
     original = {name: name.removeprefix(prefix) for name in tensors}
     original |= {path: path.removeprefix(f"scalars.{norms}.") for path in scalars}
-    ours = gradients(model, sorted(set(original.values())))
+    ours = gradients(model)
     for name in tensors:
         if original[name] in ours:
             measured.add(name, ours[original[name]], "gradients")
@@ -146,7 +142,7 @@ def say_trained(recording: Recording, measured: Measured, model: nn.Module, grou
         if isinstance(names := recording.scalars.get("scalars." + path), list)
     }
     every = sorted({name for names in lists.values() for name in names})
-    ours = gradients(model, every)
+    ours = gradients(model)
     trained = {name for name in every if name in ours and bool(ours[name].any())}
     for path, names in lists.items():
         mine = trained if path.endswith("nonzero_grad") else set(every) - trained
@@ -205,6 +201,3 @@ def check_mask(recording: Recording, name: str, shape: tuple[int, int]) -> Tenso
             f"{recording.folder}: {name} is {mask.dtype} of {tuple(mask.shape)}, expected truth values of {shape}."
         )
     return mask
-
-
-Kinds = Mapping[str, Any]
