@@ -142,7 +142,7 @@ def _train(step: Step, measured: Measured, seen: dict[str, Tensor], phase: str, 
     loss.backward()
     measured.scalar(f"{phase}.loss_sum", loss)
     measured.scalar(f"{phase}.sample_size", count, EQUAL)
-    say_gradients(recording, measured, step.model, prefix, f"{phase}.grad_norms")
+    say_gradients(recording, measured, step.model, step.setup, prefix, f"{phase}.grad_norms")
     say_trained(recording, measured, step.model, phase)
     if phase != "train":
         return

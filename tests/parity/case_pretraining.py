@@ -23,6 +23,9 @@ from tests.parity.running import (
 )
 from toolkit.models.wav2vec2 import PretrainingOutput, Wav2Vec2Pretraining
 
+BF16_LOGITS = 2e-2
+"""What bfloat16 may change of the quantizer's logits, of their largest."""
+
 
 class Draws:
     """The recorded random choices, in the forms that the model takes."""
@@ -111,10 +114,13 @@ def _train(recording, model, setup, inputs, draws, measured, seen) -> None:
     # the originals' rows run over time first, then over utterances
     measured.add("out.logits_flat", draws.grid(out.logits).transpose(0, 1).flatten(0, 1), "logits")
     measured.add("out.total_loss", out.loss_sum, "loss")
-    _say_scalars(recording, measured, model, out, draws, inputs)
+    _say_scalars(measured, model, setup, out, draws, inputs)
     noisy = (logits + draws.noise.flatten(0, 1)).topk(2, dim=-1).values
-    measured.scalar("gumbel_argmax_margin", (noisy[:, 0] - noisy[:, 1]).min() / out.temperature, "activations")
-    say_gradients(recording, measured, model, "grad.", "grad_norms_all")
+    margin = (noisy[:, 0] - noisy[:, 1]).min() / out.temperature
+    # a difference of logits, so as near as these are
+    limit = BF16_LOGITS * float(logits.abs().max()) / out.temperature if setup.precision == "bf16" else None
+    measured.scalar("gumbel_argmax_margin", margin, "activations", limit=limit)
+    say_gradients(recording, measured, model, setup, "grad.", "grad_norms_all")
 
 
 def _forward(recording, model, setup, inputs, draws, noise) -> PretrainingOutput:
@@ -160,10 +166,17 @@ def _say_logits(measured: Measured, name: str, out: PretrainingOutput, draws: Dr
     measured.add(name, draws.grid(out.logits).permute(2, 0, 1), "logits")
 
 
-def _say_scalars(recording, measured, model, out: PretrainingOutput, draws: Draws, inputs: Inputs) -> None:
+def _say_scalars(
+    measured: Measured,
+    model: Wav2Vec2Pretraining,
+    setup: Setup,
+    out: PretrainingOutput,
+    draws: Draws,
+    inputs: Inputs,
+) -> None:
     codes = model.quantizer.num_groups * model.quantizer.num_codes
     total, loss = out.num_masked, float(out.loss_sum.detach())
-    _say_counts(measured, "", out, draws, codes)
+    _say_counts(measured, "", out, draws, setup)
     measured.values["float64_reference.total_loss"] = measured.values["scalars.total_loss"]
     measured.scalar("contrastive_sum", out.contrastive)
     measured.values["float64_reference.contrastive_sum"] = measured.values["scalars.contrastive_sum"]
@@ -187,16 +200,18 @@ def _say_scalars(recording, measured, model, out: PretrainingOutput, draws: Draw
     measured.scalar("masked_frames_per_utterance", out.encoded.masked.counts[0], EQUAL)
 
 
-def _say_counts(measured: Measured, prefix: str, out: PretrainingOutput, draws: Draws, codes: int) -> None:
+def _say_counts(measured: Measured, prefix: str, out: PretrainingOutput, draws: Draws, setup: Setup) -> None:
     """Loss, perplexities and counts, which training and evaluation share."""
     total = out.num_masked
     measured.scalar(prefix + "total_loss", out.loss_sum)
     measured.scalar(prefix + "sample_size", total, EQUAL)
     measured.scalar(prefix + "prob_perplexity", out.prob_perplexity.sum())
     measured.scalar(prefix + "code_perplexity", out.code_perplexity.sum())
-    measured.scalar(prefix + "correct", int(out.correct), EQUAL)
+    # Whether a guess is right is a choice as well; in bfloat16 a few near ones may fall the other way.
+    few = max(2, int(0.05 * total)) if setup.precision == "bf16" else None
+    measured.scalar(prefix + "correct", int(out.correct), EQUAL if few is None else "loss", limit=few)
     measured.scalar(prefix + "count", len(out.logits), EQUAL)
-    measured.scalar(prefix + "accuracy", int(out.correct) / total)
+    measured.scalar(prefix + "accuracy", int(out.correct) / total, limit=None if few is None else few / total)
     measured.scalar(prefix + "negatives_equal_to_positive", int(out.logits.isinf().sum()), EQUAL)
     chosen = draws.grid(out.codes)
     same = (_gathered(chosen, draws) == chosen).all(-1)
@@ -237,5 +252,4 @@ def _evaluate(recording, model, setup, inputs, draws, measured, seen) -> None:
     measured.add("eval.codes", draws.grid(out.codes), EQUAL)
     measured.add("eval.quantized", draws.grid(seen["quantizer"].vectors))
     _say_logits(measured, "eval.logits", out, draws)
-    codes = model.quantizer.num_groups * model.quantizer.num_codes
-    _say_counts(measured, "eval_mode.", out, draws, codes)
+    _say_counts(measured, "eval_mode.", out, draws, setup)

@@ -21,6 +21,9 @@ from toolkit.seeds import Randomness
 from toolkit.training.devices import Device
 
 DROPPED = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "dropout_features", "layerdrop")
+ROUNDING = {"fp32": 1e-5, "bf16": 1e-2}
+"""What rounding may leave of a gradient that is zero, beside gradients of size 1."""
+
 KEY_BIAS = "self_attn.k_proj.bias"
 """Attention does not see a bias on the keys: its gradient is zero, and what is recorded is rounding."""
 
@@ -43,13 +46,11 @@ class Setup:
 
 
 def prepare(model: nn.Module, setup: Setup) -> nn.Module:
-    """The model as the recordings were made: nothing dropped or drawn, and padding treated as the originals do."""
+    """The model as the recordings were made: nothing dropped, and no mask but the given ones."""
     for module in model.modules():
         for name in (*DROPPED, "final_dropout"):
             if hasattr(module, name):
                 setattr(module, name, 0.0)
-        if isinstance(module, (Wav2Vec2Encoder, FeatureExtractor)):
-            module.norm_over_padding = True
         if isinstance(module, Wav2Vec2Encoder):
             module.mask_prob = module.mask_channel_prob = 0.0  # masks are given, or there are none
     return set_fast(model, not setup.plain)
@@ -111,7 +112,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return export_tensors(names_table(kind, model.config), ours)
 
 
-def say_gradients(recording: Recording, measured: Measured, model: nn.Module, prefix: str, norms: str) -> None:
+def say_gradients(
+    recording: Recording, measured: Measured, model: nn.Module, setup: Setup, prefix: str, norms: str
+) -> None:
     """Recorded gradients (``prefix``), their norms (scalars below ``norms``)."""
     tensors = [name for name in recording.tensors if name.startswith(prefix)]
     scalars = [path for path in recording.scalars if path.startswith(f"scalars.{norms}.")]
@@ -127,9 +130,9 @@ def say_gradients(recording: Recording, measured: Measured, model: nn.Module, pr
             continue
         key = path.removeprefix("scalars.")
         if name.endswith(KEY_BIAS):
-            # Zero in exact arithmetic: held against the size of the same layer's other gradients.
+            # Zero in exact arithmetic: held against the size of the gradient of the same keys' weights.
             weight = recording.scalars.get(path.removesuffix("bias") + "weight", 1.0)
-            measured.scalar(key, ours[name].norm(), limit=1e-5 * float(weight))
+            measured.scalar(key, ours[name].norm(), limit=ROUNDING[setup.precision] * float(weight))
         else:
             measured.scalar(key, ours[name].norm(), "gradients")
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ModelError
 from toolkit.nn.fast.common import full_lengths
+from toolkit.nn.fast.first_convolution import zero_padding
 from toolkit.nn.fast.linear import layer_norm
 from toolkit.nn.fast.positional import window_convolution
 
@@ -45,6 +46,8 @@ class PositionalConv(nn.Module):
     groups : groups of channels.
     depth : 1 (wav2vec 2.0): a weight-normed convolution (weight_g (1, 1, kernel), weight_v (dim, dim / groups,
         kernel)). Above 1 (data2vec): a stack of plain convolutions, each followed by a norm without scale and shift.
+    over_padding : let a stack run on into the padding, as the originals do: there only the first convolution finds
+        zeros behind an utterance, so that its last frames depend on how far the batch is padded.
 
     Example
     -------
@@ -52,14 +55,16 @@ class PositionalConv(nn.Module):
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, dim: int, kernel: int = 128, groups: int = 16, depth: int = 1) -> None:
+    def __init__(
+        self, dim: int, kernel: int = 128, groups: int = 16, depth: int = 1, *, over_padding: bool = False
+    ) -> None:
         super().__init__()
         if dim % groups or min(dim, kernel, groups, depth) < 1:
             raise ModelError(
                 f"the positional convolution has dim {dim}, kernel {kernel}, {groups} groups and depth {depth}; "
                 "all must be positive and dim a multiple of the groups."
             )
-        self.groups = groups
+        self.groups, self.over_padding = groups, over_padding
         self.fast = True
         if depth > 1:
             kernel = max(3, kernel // depth)
@@ -82,11 +87,14 @@ class PositionalConv(nn.Module):
         """
         dtype = dtype or x.dtype
         x = x.to(dtype)
-        lengths = full_lengths(frame_lengths, *x.shape[:2])
+        real = lengths = full_lengths(frame_lengths, *x.shape[:2])
+        runs_on = self.over_padding and frame_lengths is not None and len(self.blocks) > 1
+        if runs_on:
+            x, lengths = zero_padding(x, real), full_lengths(None, *x.shape[:2])
         for block in self.blocks:
             weight, bias = block.effective_weight().to(dtype), block.bias.to(dtype)
             x = window_convolution(x, weight, bias, lengths, groups=self.groups, fast=self.fast)
             if len(self.blocks) > 1:
                 x = layer_norm(x, None, None)
             x = F.gelu(x)
-        return x
+        return zero_padding(x, real) if runs_on else x

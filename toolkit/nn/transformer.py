@@ -309,7 +309,7 @@ class TransformerEncoder(nn.Module):
     attention_dropout, activation_dropout : drop probabilities of attention probabilities and inner activations.
     layerdrop : probability of leaving a block out in training.
     pre_norm : norms before each part and one at the end (LARGE), or after each part and one at the start (BASE).
-    pos_kernel, pos_groups, pos_depth : see :class:`toolkit.nn.positional.PositionalConv`.
+    pos_kernel, pos_groups, pos_depth, pos_over_padding : see :class:`toolkit.nn.positional.PositionalConv`.
     gradient_checkpointing : recompute each block in the backward pass (with the same dropout) to save memory.
 
     Raises
@@ -338,12 +338,13 @@ class TransformerEncoder(nn.Module):
         pos_kernel: int = 128,
         pos_groups: int = 16,
         pos_depth: int = 1,
+        pos_over_padding: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.dropout, self.pre_norm = dropout, pre_norm
         self.short_frames = SHORT_FRAMES
-        self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth)
+        self.positional = PositionalConv(dim, pos_kernel, pos_groups, pos_depth, over_padding=pos_over_padding)
         self.norm = nn.LayerNorm(dim)
         self.layers = LayerStack(
             num_layers=num_layers,
