@@ -6,16 +6,19 @@ left it imports. So the two ways can never disagree.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError
+from toolkit.models.folder import build_model
 from toolkit.models.model_files import ModelConfig
 
 
@@ -174,3 +177,10 @@ def describe_difference(converted: Converted, *, most: int = 20) -> str:
             lines += [f"    {name}" for name in names[:most]]
             lines += [f"    ... and {len(names) - most} more"] if len(names) > most else []
     return "\n".join(lines)
+
+
+def empty_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str]) -> nn.Module:
+    """The model without memory for its weights: names, shapes and complete settings; see
+    :func:`toolkit.models.folder.build_model`."""
+    with torch.device("meta"):
+        return build_model(kind, architecture, source=source)

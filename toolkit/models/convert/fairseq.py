@@ -12,22 +12,24 @@ from torch import Tensor
 
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError, TokenError
-from toolkit.models.convert.common import Converted, PretrainedInfo, import_tensors, split_unused
+from toolkit.models.convert.common import Converted, PretrainedInfo, empty_model, import_tensors, split_unused
 from toolkit.models.convert.fairseq_config import (
     SAMPLE_RATE,
+    TEXT_PADDING,
     Settings,
     ctc_architecture,
     encoder_architecture,
+    kept_settings,
     plain,
     pretraining_architecture,
     read_settings,
     setting,
+    text_architecture,
     training_notes,
 )
-from toolkit.models.convert.fairseq_names import CTC_PREFIX, names_table
+from toolkit.models.convert.fairseq_names import CTC_PREFIX, TEXT_PREFIX, names_table
 from toolkit.models.convert.unpickle import StandIn
-from toolkit.models.folder import build_model
-from toolkit.models.model_files import ModelConfig
+from toolkit.models.model_files import TEXT_KINDS, ModelConfig
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 HEADS = ("quantizer.*", "project_q.*", "final_proj.*", "target_glu.*")
@@ -35,6 +37,13 @@ HEADS = ("quantizer.*", "project_q.*", "final_proj.*", "target_glu.*")
 UNUSED: dict[str, tuple[str, ...]] = {
     "wav2vec2_pretraining": (),
     "wav2vec2_encoder": (*HEADS, "_ema.*"),
+    "text_encoder": (
+        TEXT_PREFIX + "version",
+        "encoder.regression_head.*",
+        "encoder.lm_head.*",
+        "encoder._ema.*",
+        "classification_heads.*",
+    ),
     "ctc": tuple(CTC_PREFIX + pattern for pattern in (*HEADS, "_ema.*")),
 }
 
@@ -63,20 +72,34 @@ def read_fairseq(contents: Mapping[str, Any], path: Path) -> Converted:
     weights, notes = _weights(contents["model"], path)
     name = _model_name(settings, weights, path)
     if name == "wav2vec_ctc":
-        return _read_ctc(settings, weights, contents.get("task_state"), path, notes)
+        return _read_ctc(contents, settings, weights, path, notes)
     notes += training_notes(settings.model)
-    if name == "data2vec_audio":
+    if name == "data2vec_text":
+        kind, architecture = "text_encoder", _text_architecture(settings, weights, path)
+    elif name == "data2vec_audio":
         kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=True, path=path)
     elif any(key.startswith(("quantizer.", "project_q.", "final_proj.")) for key in weights):
         kind, architecture = "wav2vec2_pretraining", pretraining_architecture(settings, path)
     else:
         kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=False, path=path)
         notes += ("there are no tensors of the quantizer and its projections: this is the encoder alone",)
+    if kind != "text_encoder":
+        architecture.get("encoder", architecture).update(kept_settings(contents))
     return _converted(kind, architecture, settings, weights, path, notes)
 
 
+def _text_architecture(settings: Settings, weights: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    rows = []
+    for name in ("embed_tokens", "embed_positions"):
+        embedding = weights.get(f"{TEXT_PREFIX}{name}.weight")
+        if embedding is None or embedding.dim() != 2:
+            raise CheckpointError(f"{path}: {TEXT_PREFIX}{name}.weight is missing; the file holds no model of text.")
+        rows.append(len(embedding))
+    return text_architecture(settings.model, vocab_size=rows[0], max_positions=rows[1] - TEXT_PADDING - 1, path=path)
+
+
 def _read_ctc(
-    settings: Settings, weights: dict[str, Tensor], task_state: Any, path: Path, notes: tuple[str, ...]
+    contents: Mapping[str, Any], settings: Settings, weights: dict[str, Tensor], path: Path, notes: tuple[str, ...]
 ) -> Converted:
     """A fine-tuned model, whose pretraining settings lie inside its own."""
     if settings.model.get("w2v_args") is None:
@@ -93,7 +116,8 @@ def _read_ctc(
         raise CheckpointError(f"{path}: the output layer w2v_encoder.proj.weight is missing; the file is no CTC model.")
     architecture = ctc_architecture(settings, inner, data2vec=name == "data2vec_audio", path=path)
     architecture["vocab_size"] = len(head)
-    tokenizer = _tokenizer(settings, task_state, len(head), path)
+    architecture["encoder"] |= kept_settings(contents)
+    tokenizer = _tokenizer(settings, contents.get("task_state"), len(head), path)
     notes += training_notes({**inner.model, **settings.model})
     if tokenizer is None:
         notes += ("no dictionary (dict.ltr.txt) lies beside the file: the meaning of the outputs is not known",)
@@ -109,19 +133,16 @@ def _converted(
     notes: tuple[str, ...],
     tokenizer: LetterTokenizer | None = None,
 ) -> Converted:
-    with torch.device("meta"):
-        expected = {
-            name: value.shape for name, value in build_model(kind, architecture, source=path).state_dict().items()
-        }
+    model = empty_model(kind, architecture, source=path)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
     try:
         tensors, missing, rest = import_tensors(names_table(kind, architecture), weights, expected)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the shapes of the tensors do not fit together ({error}).") from error
     unused, unexpected = split_unused(rest, UNUSED[kind])
-    rate = setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
-    normalize = setting(settings.task, "normalize", bool, None, path)
-    if normalize is None:  # fine-tuned models say it in both places
-        normalize = setting(settings.model, "normalize", bool, False, path)
+    rate = 0 if kind in TEXT_KINDS else setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
+    said = setting(settings.model, "normalize", bool, False, path)  # fine-tuned models say it in both places
+    normalize = kind not in TEXT_KINDS and setting(settings.task, "normalize", bool, said, path)
     info = PretrainedInfo(
         kind=kind,
         source=f"fairseq, {settings.generation}",
@@ -165,7 +186,7 @@ def _model_name(settings: Settings, weights: Mapping[str, Tensor], path: Path) -
     name = settings.name
     if name is None:
         name = "wav2vec_ctc" if any(key.startswith(CTC_PREFIX) for key in weights) else "wav2vec2"
-    if name not in ("wav2vec2", "wav2vec_ctc", "data2vec_audio"):
+    if name not in ("wav2vec2", "wav2vec_ctc", "data2vec_audio", "data2vec_text"):
         raise CheckpointError(
             f"{path}: a model of fairseq's architecture {name!r} cannot be used here; known are wav2vec2, wav2vec_ctc, "
             "data2vec_audio and data2vec_text."

@@ -21,6 +21,10 @@ EXTRACTOR_NORMS = {"default": "group", "layer_norm": "layer"}
 BASE_CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 MOST_CONV_LAYERS = 100
 SAMPLE_RATE = 16000
+TEXT_PADDING = 1
+"""The id of <pad> in every dictionary of fairseq's."""
+KEPT_SETTINGS = {"norm_over_padding": bool, "min_masks": int}
+"""Settings of ours that fairseq has no name for; files written here keep them where fairseq does not look."""
 
 ENCODER_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
     ("dim", "encoder_embed_dim", int, 768),
@@ -46,6 +50,19 @@ ENCODER_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
     ("gradient_checkpointing", "checkpoint_activations", bool, False),
 )
 """Ours, fairseq's name, type and fairseq's default."""
+
+TEXT_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
+    ("dim", "embed_dim", int, 768),
+    ("num_layers", "layers", int, 12),
+    ("ffn_dim", "ffn_embed_dim", int, 3072),
+    ("num_heads", "attention_heads", int, 12),
+    ("dropout", "dropout", float, 0.1),
+    ("attention_dropout", "attention_dropout", float, 0.1),
+    ("activation_dropout", "activation_dropout", float, 0.0),
+    ("layerdrop", "layerdrop", float, 0.0),
+    ("gradient_checkpointing", "checkpoint_activations", bool, False),
+)
+"""The same for data2vec text, whose settings lie one or two levels deeper."""
 
 PRETRAINING_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
     ("num_groups", "latent_groups", int, 2),
@@ -268,6 +285,14 @@ def training_notes(group: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def kept_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's settings that only files written by this toolkit hold."""
+    extra = contents.get("extra_state")
+    kept = extra.get("toolkit") if isinstance(extra, Mapping) else None
+    kept = kept if isinstance(kept, Mapping) else {}
+    return {key: kept[key] for key, kind in KEPT_SETTINGS.items() if type(kept.get(key)) is kind}
+
+
 def encoder_architecture(model: Mapping[str, Any], *, data2vec: bool, path: Path) -> dict[str, Any]:
     """The encoder's arguments from the settings of a pretraining model.
 
@@ -352,4 +377,25 @@ def ctc_architecture(outer: Settings, inner: Settings, *, data2vec: bool, path: 
         "encoder": encoder,
         "final_dropout": setting(outer.model, "final_dropout", float, 0.0, path),
         "freeze_updates": setting(outer.model, "freeze_finetune_updates", int, 0, path),
+    }
+
+
+def text_architecture(model: Mapping[str, Any], *, vocab_size: int, max_positions: int, path: Path) -> dict[str, Any]:
+    """The arguments of a text encoder, whose sizes of embeddings are those of the tensors.
+
+    Raises
+    ------
+    CheckpointError : a setting has a value that the encoder cannot take.
+    """
+    transformer = _group(model, "transformer")
+    encoder = _group(transformer, "encoder")
+    # Older files hold all of it in one level, the encoder's with its name in front.
+    older = {key.removeprefix("encoder_"): value for key, value in model.items()}
+    settings = {**older, **transformer, **encoder}
+    check_represented(settings, "text", path)
+    return {
+        "vocab_size": vocab_size,
+        "max_positions": max_positions,
+        "padding_id": TEXT_PADDING,
+        **{name: setting(settings, key, kind, default, path) for name, key, kind, default in TEXT_SETTINGS},
     }

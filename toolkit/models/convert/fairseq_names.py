@@ -9,6 +9,8 @@ from toolkit.models.convert.common import Row
 
 CTC_PREFIX = "w2v_encoder.w2v_model."
 """Before the names of the pretrained model inside a fine-tuned one."""
+TEXT_PREFIX = "encoder.sentence_encoder."
+"""Before the names of the encoder in a model of text."""
 
 
 def names_table(kind: str, architecture: Mapping[str, Any]) -> list[Row]:
@@ -19,14 +21,18 @@ def names_table(kind: str, architecture: Mapping[str, Any]) -> list[Row]:
     kind : one of the toolkit's kinds.
     architecture : as in a model folder.
     """
+    if kind == "text_encoder":
+        return [
+            Row("token_embedding.weight", (TEXT_PREFIX + "embed_tokens.weight",)),
+            Row("position_embedding.weight", (TEXT_PREFIX + "embed_positions.weight",)),
+            *_pair("embedding_norm.", TEXT_PREFIX + "layernorm_embedding."),
+            *_layer_rows("layers.", TEXT_PREFIX + "layers."),
+        ]
     if kind == "wav2vec2_encoder":
         return _encoder_rows(architecture, "", "")
     encoder = architecture["encoder"]
     if kind == "ctc":
-        return [
-            *_encoder_rows(encoder, "encoder.", CTC_PREFIX),
-            *_pair("head.", "w2v_encoder.proj."),
-        ]
+        return [*_encoder_rows(encoder, "encoder.", CTC_PREFIX), *_pair("head.", "w2v_encoder.proj.")]
     return [
         *_encoder_rows(encoder, "encoder.", ""),
         Row("quantizer.codebook", ("quantizer.vars",), flat=True),
@@ -41,7 +47,7 @@ def _pair(ours: str, theirs: str) -> list[Row]:
     return [Row(ours + kind, (theirs + kind,)) for kind in ("weight", "bias")]
 
 
-def layer_rows(ours: str, theirs: str) -> list[Row]:
+def _layer_rows(ours: str, theirs: str) -> list[Row]:
     """Rows of the blocks of a transformer, of speech or of text."""
     rows = [
         Row(f"{ours}{{}}.qkv.{kind}", tuple(f"{theirs}{{}}.self_attn.{part}_proj.{kind}" for part in "qkv"))
@@ -81,5 +87,5 @@ def _encoder_rows(encoder: Mapping[str, Any], ours: str, theirs: str) -> list[Ro
         *_pair(ours + "projection.", theirs + "post_extract_proj."),
         *positions,
         *_pair(ours + "transformer.norm.", theirs + "encoder.layer_norm."),
-        *layer_rows(ours + "transformer.layers.", theirs + "encoder.layers."),
+        *_layer_rows(ours + "transformer.layers.", theirs + "encoder.layers."),
     ]
