@@ -1,0 +1,128 @@
+"""compare.py on recordings of other sizes than the fixtures': made here, by our plain formulas, of random weights."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.parity.compare import main
+from tests.unit.models.originals import FOLDER, pretraining_of
+from toolkit.models.convert.common import export_tensors
+from toolkit.models.convert.fairseq_names import names_table
+from toolkit.nn.fast.common import set_fast
+
+SIZES = {
+    "one_group": {
+        "conv_feature_layers": "[(12, 10, 5)] + [(12, 3, 2)] * 2 + [(12, 4, 4)]",
+        "encoder_layers": 1,
+        "encoder_embed_dim": 20,
+        "encoder_ffn_embed_dim": 24,
+        "encoder_attention_heads": 5,
+        "conv_pos": 7,
+        "conv_pos_groups": 2,
+        "final_dim": 6,
+        "latent_dim": 9,
+        "latent_groups": 1,
+        "latent_vars": 5,
+        "num_negatives": 3,
+        "logit_temp": 0.2,
+    },
+    "no_projection": {
+        "conv_feature_layers": "[(24, 10, 5)] + [(24, 8, 4)]",
+        "extractor_mode": "layer_norm",
+        "conv_bias": True,
+        "encoder_layers": 4,
+        "encoder_embed_dim": 24,
+        "encoder_ffn_embed_dim": 16,
+        "encoder_attention_heads": 3,
+        "layer_norm_first": True,
+        "final_dim": 8,
+        "latent_groups": 4,
+        "latent_vars": 3,
+        "num_negatives": 7,
+        "feature_grad_mult": 1.0,
+    },
+}
+
+
+def make(folder, changes, lengths):
+    """A recording of a random model: its inputs, its draws, a few results."""
+    meta = json.loads((FOLDER / "w2v2_pretrain_groupnorm" / "meta.json").read_text())
+    config = meta["model_config"] | changes
+    generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(4)
+    scalars = {"loss_weights": [0.1, 10.0], "num_updates": 7}
+    model = pretraining_of({"model_config": config, "scalars": scalars})
+    if config["latent_dim"]:
+        model = type(model)(model.encoder, **{k: v for k, v in model.config.items() if k != "encoder"}
+                            | {"code_dim": config["latent_dim"]})  # fmt: skip
+    model = set_fast(model.train(), False)
+    batch, samples = len(lengths), max(lengths)
+    waveforms = torch.randn(batch, samples, generator=generator)
+    for row, length in enumerate(lengths):
+        waveforms[row, length:] = 0
+    lengths = torch.tensor(lengths)
+    frames = int(model.encoder.frame_lengths(torch.tensor([samples])))
+    mask = torch.zeros(batch, frames, dtype=torch.bool)
+    masked = 6
+    for row, count in enumerate(model.encoder.frame_lengths(lengths).tolist()):
+        mask[row, torch.randperm(count, generator=generator)[:masked]] = True
+    own = torch.arange(masked)[:, None].expand(-1, config["num_negatives"]).reshape(-1)
+    raw = torch.randint(masked - 1, (batch, len(own)), generator=generator)
+    shifted = raw + (raw >= own).long()
+    noise = torch.randn(batch * masked * config["latent_groups"], config["latent_vars"], generator=generator)
+    out = model(
+        waveforms,
+        lengths,
+        update=7,
+        time_mask=mask,
+        negatives=shifted.view(batch * masked, -1),
+        gumbel_noise=noise.unflatten(0, (-1, config["latent_groups"])),
+    )
+    out.loss_sum.backward()
+    encoded = model.encoder(waveforms, lengths, time_mask=mask, layers=True)
+    table = names_table("wav2vec2_pretraining", model.config)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    padding = torch.arange(samples) >= lengths[:, None]
+    tensors = {
+        "in.source": waveforms,
+        "rand.mask_indices": mask,
+        "rand.gumbel_noise": noise,
+        "rand.neg_raw": raw,
+        "rand.neg_idxs": shifted + masked * torch.arange(batch)[:, None],
+        "out.logits": out.logits.view(batch, masked, -1).permute(2, 0, 1),
+        "mid.features_ln": encoded.extractor_features,
+    }
+    tensors |= {f"mid.layer{i}": layer.transpose(0, 1) for i, (layer, _) in enumerate(encoded.layers)}
+    names = [name for name in export_tensors(table, gradients) if not name.endswith("k_proj.bias")]
+    tensors |= {"grad." + name: value for name, value in export_tensors(table, gradients).items() if name in names}
+    if padding.any():
+        tensors["in.padding_mask"] = padding
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+    meta = {
+        "model_config": config,
+        "scalars": scalars
+        | {"total_loss": float(out.loss_sum.detach()), "correct": int(out.correct), "frames": frames}
+        | {"masked_frames_per_utterance": [masked] * batch, "code_perplexity": float(out.code_perplexity.sum())},
+        "tensors": {name: {"shape": list(value.shape)} for name, value in tensors.items()},
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    weights = export_tensors(table, {name: p.detach() for name, p in model.named_parameters()})
+    contents = {"args": None, "cfg": {"model": config, "task": {"_name": "audio_pretraining", "normalize": False},
+                "criterion": {"_name": "wav2vec", "loss_weights": [0.1, 10.0]}}, "model": weights}  # fmt: skip
+    torch.save(contents, folder / "checkpoint.pt")
+    return len(tensors)
+
+
+@pytest.mark.parametrize("lengths", [[2400] * 2, [3001, 1900, 2222, 1800]], ids=["full", "padded"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_other_sizes(sizes, lengths, tmp_path, capsys):
+    count = make(tmp_path / "case", SIZES[sizes], lengths)
+    assert count > 25
+    code = main([str(tmp_path / "case")])
+    text = capsys.readouterr()
+    assert code == 0, text.out + text.err
+    assert " 0 outside, 0 not compared" in text.out
