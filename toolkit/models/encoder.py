@@ -82,9 +82,9 @@ class Wav2Vec2Encoder(nn.Module):
     extractor_norm : "group" (per channel over time, after the first convolution only; BASE) or "layer" (after
         each; LARGE).
     conv_bias : whether the convolutions have biases (LARGE).
-    norm_over_padding : True takes the group norm's statistics and the feature penalty over padding too, and lets a
-        stack of positional convolutions run on into it, as the originals do, so that an utterance's features depend
-        on how far its batch is padded. False: each utterance gets what it gets alone.
+    norm_over_padding : True takes the group norm's statistics, the feature penalty and a stack of positional
+        convolutions over padding too, as the originals do, so that an utterance's features depend on how far its
+        batch is padded. False: each utterance gets what it gets alone.
     always_project : project features that have the transformer's width already, too (data2vec); False: they go in as
         they are (wav2vec 2.0).
     dim, num_layers, ffn_dim, num_heads : width, depth, inner width and heads of the transformer.

@@ -46,8 +46,8 @@ class PositionalConv(nn.Module):
     groups : groups of channels.
     depth : 1 (wav2vec 2.0): a weight-normed convolution (weight_g (1, 1, kernel), weight_v (dim, dim / groups,
         kernel)). Above 1 (data2vec): a stack of plain convolutions, each followed by a norm without scale and shift.
-    over_padding : let a stack run on into the padding, as the originals do: there only the first convolution finds
-        zeros behind an utterance, so that its last frames depend on how far the batch is padded.
+    over_padding : True lets a stack compute in the padding too, so that its later convolutions see there what the
+        earlier ones made of zeros, as in the originals. False: each utterance gets what it gets alone.
 
     Example
     -------
@@ -88,13 +88,12 @@ class PositionalConv(nn.Module):
         dtype = dtype or x.dtype
         x = x.to(dtype)
         real = lengths = full_lengths(frame_lengths, *x.shape[:2])
-        runs_on = self.over_padding and frame_lengths is not None and len(self.blocks) > 1
-        if runs_on:
-            x, lengths = zero_padding(x, real), full_lengths(None, *x.shape[:2])
+        if self.over_padding and len(self.blocks) > 1:
+            x, lengths = zero_padding(x, real), [x.shape[1]] * len(x)
         for block in self.blocks:
             weight, bias = block.effective_weight().to(dtype), block.bias.to(dtype)
             x = window_convolution(x, weight, bias, lengths, groups=self.groups, fast=self.fast)
             if len(self.blocks) > 1:
                 x = layer_norm(x, None, None)
             x = F.gelu(x)
-        return zero_padding(x, real) if runs_on else x
+        return x if lengths is real else zero_padding(x, real)

@@ -28,8 +28,11 @@ from toolkit.models.convert.fairseq_config import (
     training_notes,
 )
 from toolkit.models.convert.fairseq_names import CTC_PREFIX, TEXT_PREFIX, names_table
+from toolkit.models.convert.fairseq_write import write_fairseq
 from toolkit.models.convert.unpickle import StandIn
 from toolkit.models.model_files import TEXT_KINDS, ModelConfig
+
+__all__ = ["is_fairseq", "read_fairseq", "write_fairseq"]
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 HEADS = ("quantizer.*", "project_q.*", "final_proj.*", "target_glu.*")

@@ -149,6 +149,8 @@ def _names_in(path: Path) -> tuple[set[str], bool]:
                 return _names_in_zip(file, path)
             if start == MAGIC:
                 return set().union(*(_names_in_pickle(file) for _ in range(5))), False
+        except CheckpointError:
+            raise
         except (ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise CheckpointError(
                 f"{path}: the file is damaged or cut short ({error}); copy or download it again."
