@@ -113,6 +113,10 @@ def import_tensors(
     Returns
     -------
     tensors by our names; names of ours that were not found; foreign names that nothing asked for.
+
+    Raises
+    ------
+    CheckpointError : tensors that lie one after the other in ours are of different shapes.
     """
     found: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -124,9 +128,17 @@ def import_tensors(
             missing.append(name)
             continue
         used.update(parts)
-        value = source[parts[0]] if len(parts) == 1 else torch.cat([source[part] for part in parts])
+        value = source[parts[0]] if len(parts) == 1 else _on_top(source, parts)
         found[name] = value.reshape(tuple(shape)) if row.flat and value.numel() == torch.Size(shape).numel() else value
     return found, tuple(missing), tuple(sorted(source.keys() - used))
+
+
+def _on_top(source: Mapping[str, Tensor], parts: Sequence[str]) -> Tensor:
+    """The tensors ``parts``, one after the other."""
+    if len({tuple(source[part].shape) for part in parts}) > 1:
+        shapes = ", ".join(f"{part} {tuple(source[part].shape)}" for part in parts)
+        raise CheckpointError(f"tensors that must have one shape differ: {shapes}; copy the file again.")
+    return torch.cat([source[part] for part in parts])
 
 
 def export_tensors(table: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

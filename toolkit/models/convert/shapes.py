@@ -1,0 +1,53 @@
+"""The shapes of a model's tensors, known before any memory is taken, and a check of a file's tensors against them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.errors import CheckpointError
+from toolkit.models.convert.common import empty_model
+
+
+def expected_shapes(
+    kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a model by the toolkit's names; nothing is allocated.
+
+    Arguments
+    ---------
+    kind, architecture : see :class:`toolkit.models.model_files.ModelConfig`.
+    source : the file or folder they come from, for the error.
+
+    Raises
+    ------
+    CheckpointError : the settings make no model.
+
+    Example
+    -------
+    >>> shapes = expected_shapes("wav2vec2_encoder", {"num_layers": 0}, source="a folder")
+    >>> shapes["projection.weight"]
+    (768, 512)
+    """
+    try:
+        model = empty_model(kind, architecture, source=source)
+    except RuntimeError as error:  # sizes beyond what torch can count
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source}: the settings in config.json make no model ({error}).") from error
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str | os.PathLike[str]
+) -> None:
+    """Raise CheckpointError for the first of ``tensors`` whose shape is not the ``expected`` one of its name."""
+    for name, value in tensors.items():
+        if tuple(value.shape) != tuple(expected[name]):
+            raise CheckpointError(
+                f"{source}: the tensor for {name} has the shape {tuple(value.shape)}, but the settings beside it make "
+                f"{tuple(expected[name])}; copy the file and its settings from the same model again."
+            )
