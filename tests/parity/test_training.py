@@ -27,7 +27,11 @@ transformers = pytest.importorskip("transformers")
 SPEECH = sorted((Path(__file__).parents[1] / "fixtures" / "librispeech_tiny").rglob("*.flac"))
 UPDATES, UTTERANCES, SAMPLES, NEGATIVES = 30, 4, 16000, 10
 TEMPERATURE = (2.0, 0.5, 0.99)
-ADAM = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6}
+# BASE's peak rate. At twice that, without a warm-up, rounding doubles with each update of the pre-norm layout (1e-5 of
+# the quantizer's logits grow to 2e-3 in 26), until a code flips that two choices nearly tie for, in ours or in theirs.
+ADAM = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6}
+LIMIT = 5e-6
+"""Relative, of each update's loss: 1e-4 is asked for, and a wrong factor on one weight's gradient can hide in that."""
 MAX_GRAD_NORM = 1.0
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
@@ -202,7 +206,7 @@ def test_thirty_updates(layout, count, tmp_path, monkeypatch):
     ours = our_losses(load_pretrained(tmp_path)[0], count)
     assert len(ours) == len(theirs) == UPDATES
     difference = np.abs(np.array(ours) / np.array(theirs) - 1)
-    assert difference.max() <= 1e-4, difference
+    assert difference.max() <= LIMIT, difference
     # The weights have moved: the first ones would have another loss by now.
     untrained = untrained_loss(load_pretrained(tmp_path)[0], count)
     print(f"{layout}, {count}: largest relative difference {difference.max():.1e}; last loss {ours[-1]:.2f}, of the "
@@ -214,7 +218,7 @@ def test_it_would_show_a_rate_that_is_off_by_one_percent(tmp_path, monkeypatch):
     fresh("BASE", tmp_path)
     right = our_losses(load_pretrained(tmp_path)[0], 1)
     plain = our_losses(load_pretrained(tmp_path)[0], 1, plain=True)
-    assert np.abs(np.array(plain) / np.array(right) - 1).max() <= 1e-4
+    assert np.abs(np.array(plain) / np.array(right) - 1).max() <= LIMIT
     monkeypatch.setitem(ADAM, "lr", ADAM["lr"] * 1.01)
     wrong = our_losses(load_pretrained(tmp_path)[0], 1)
-    assert np.abs(np.array(wrong) / np.array(right) - 1).max() > 1e-4
+    assert np.abs(np.array(wrong) / np.array(right) - 1).max() > 20 * LIMIT
