@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items, text_items
+from toolkit.data.fairseq_folder import tokenizer_of
 from toolkit.data.manifest import Manifest
 from toolkit.data.tokens import Tokenizer, load_tokenizer
 from toolkit.decoding.ctc import describe_impossible, greedy_decode
@@ -92,7 +94,7 @@ def trained_recognizer(experiment: Experiment) -> SpeechRecognizer | None:
     return SpeechRecognizer(load_model(folder), load_tokenizer(folder), config.sample_rate, config.normalize)
 
 
-def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer:
+def make_recognizer(experiment: Experiment, train: Manifest, *, dictionary: Path | None = None) -> SpeechRecognizer:
     """The recognizer that a run's settings ask for, and a word in its log where transcripts do not fit their audio.
 
     From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder of any kind) the folder
@@ -105,6 +107,7 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     experiment : its hparams hold pretrained, tokenizer (transcripts -> Tokenizer), encoder_sizes, encoder_training,
         final_dropout, freeze_updates, reset_layers, sample_rate, normalize.
     train : training utterances, from whose transcripts (column wrd) the tokens are made.
+    dictionary : a ``dict.ltr.txt`` to take where the tokens are letters, instead of making them.
 
     Raises
     ------
@@ -118,7 +121,7 @@ def make_recognizer(experiment: Experiment, train: Manifest) -> SpeechRecognizer
     if config is not None:
         experiment.say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
         sample_rate, normalize = config.sample_rate, config.normalize
-    tokenizer = hparams["tokenizer"](train.column("wrd"))
+    tokenizer = tokenizer_of(hparams["tokenizer"], train, dictionary, experiment.say)
     training = hparams["encoder_training"]
     if config is None:
         encoder = construct(Wav2Vec2Encoder, encoder_sizes=hparams["encoder_sizes"], encoder_training=training)

@@ -35,6 +35,7 @@ from toolkit.data.corpus_scan import (
     read_summary,
     scan,
 )
+from toolkit.data.fairseq_folder import check_fairseq_manifest, fairseq_manifests
 from toolkit.data.manifest import write_manifest
 from toolkit.errors import ConfigError, ManifestError, run_main
 from toolkit.training.folders import write_atomic, write_json
@@ -195,16 +196,42 @@ def prepare_librispeech(
 
 
 def librispeech_manifests(
-    splits: Sequence[str], *, data_folder: str | Path, manifest_folder: str | Path, **options: object
+    splits: Sequence[str],
+    *,
+    data_folder: str | Path,
+    manifest_folder: str | Path,
+    audio_folder: str | Path | None = None,
+    texts: bool = False,
+    say: Callable[[str], object] = print,
+    **options: object,
 ) -> dict[str, Path]:
     """The manifest of each entry of ``train_splits`` and the like: a manifest file as it is, a split prepared.
 
-    ``options`` are those of :func:`prepare_librispeech`.
+    Where ``data_folder`` was prepared for fairseq, its own manifests are the splits.
+
+    Arguments
+    ---------
+    splits : names of splits, and files.
+    data_folder, manifest_folder, say, options : see :func:`prepare_librispeech`.
+    audio_folder : where the audio of fairseq's manifests is, if not where their first line says.
+    texts : whether transcripts are needed.
+
+    Raises
+    ------
+    ManifestError, ConfigError : as :func:`prepare_librispeech`, and for a manifest of fairseq's that cannot be used.
     """
     check_names("train_splits, valid_splits or test_splits", splits)
     files = {name: Path(name) for name in splits if name.lower().endswith(MANIFEST_SUFFIXES)}
     names = [name for name in splits if name not in files]
-    return files | (prepare_librispeech(data_folder, manifest_folder, splits=names, **options) if names else {})
+    if names:
+        known = (*OFFICIAL_UTTERANCES, *SUBSET_HOURS, *WHOLE_SUBSETS)
+        found = fairseq_manifests(data_folder, names, known=known, say=say)
+        if found is None:
+            found = prepare_librispeech(data_folder, manifest_folder, splits=names, say=say, **options)
+        files |= found
+    for path in files.values():
+        check_fairseq_manifest(path, texts=texts, audio_folder=audio_folder)
+    return files
 
 
 def corpus_root(folder: Path, splits: Sequence[str]) -> Path:

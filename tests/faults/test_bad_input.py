@@ -584,8 +584,8 @@ FOREIGN_MODELS = {
                         "{}/config.json: the format is None, expected 'toolkit-model-1'; give the model/ folder of a "
                         "run of this toolkit."),
     "code as kind": (configured(kind="os.system"),
-                     "{}/config.json: the kind is 'os.system', known are wav2vec2_encoder, wav2vec2_pretraining, ctc; "
-                     "give the model/ folder of a run of this toolkit."),
+                     "{}/config.json: the kind is 'os.system', known are wav2vec2_encoder, wav2vec2_pretraining, ctc, "
+                     "text_encoder; give the model/ folder of a run of this toolkit."),
     "code as setting": (configured(architecture={"encoder": {"_target_": "os.system"}}),
                         "{}: config.json has the setting '_target_' for the encoder, which this version cannot build."),
     "no number": (configured(architecture={"encoder": {"conv_layers": "x"}}),

@@ -6,6 +6,7 @@ Columns: ``Name`` (unique), ``Task``, ``Dataset``, ``Script_file``, ``Hparam_fil
 own output folder and ``{needs}`` that of the row it needs. Checks stand between semicolons:
 
     exists PATH                     a file or folder in the output folder
+    same PATH FIXTURE               a file in the output folder, byte for byte that of tests/fixtures
     summary KEY OP NUMBER           a number of summary.json (dotted keys)
     log KEY OP NUMBER               the last row of metrics.jsonl that has KEY
     stage STAGE KEY OP NUMBER       the same, among the rows with "stage": STAGE
@@ -67,6 +68,11 @@ def failed_checks(row: Row, output: Path) -> list[str]:
         if kind == "exists":
             if not (output / rest[0]).exists():
                 failures.append(f"{check}: not there; there are {sorted(p.name for p in output.iterdir())}")
+            continue
+        if kind == "same":
+            made, wanted = output / rest[0], FIXTURES / rest[1]
+            if not made.is_file() or made.read_bytes() != wanted.read_bytes():
+                failures.append(f"{check}: not there, or other bytes")
             continue
         *where, sign, bound = rest
         found = find_value(output, kind, where)

@@ -34,7 +34,11 @@ NORMALIZATION_EPS = 1e-5
 NO_SEEK = ("MP3", "MPEG")
 """Formats always read from the beginning: after a seek the MP3 decoder lacks earlier bits and says so on stderr."""
 
-_ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d+):(?P<length>\d+)", re.IGNORECASE | re.DOTALL)
+ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d{1,31}):(?P<length>\d{1,31})", re.IGNORECASE | re.DOTALL)
+"""fairseq's name for an uncompressed entry of a zip archive: where its bytes begin, and how many there are."""
+
+ZIP_BUFFER = 1 << 16
+"""Bytes of a zip entry read at once."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,15 @@ class AudioFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        source: str | BinaryIO | None = None
         try:
-            self._file = soundfile.SoundFile(_source(self.path))
-        except (RuntimeError, TypeError, OSError) as error:
+            source = _source(self.path)
+            self._file = soundfile.SoundFile(source)
+        except (RuntimeError, TypeError, OSError, OverflowError) as error:
+            if source is not None and not isinstance(source, str):
+                source.close()
             raise AudioError(_why_not_opened(self.path)) from error
+        self._source = source
         self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
         if self.info.num_samples == 0:
             self.close()
@@ -110,6 +119,8 @@ class AudioFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        if not isinstance(self._source, str):
+            self._source.close()
 
     def read(self, *, sample_rate: int | None = None, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """Decode a part: mean over the channels, resampled to ``sample_rate``.
@@ -204,19 +215,58 @@ def normalize_waveform(waveform: np.ndarray) -> np.ndarray:
     return centered * np.float32(1.0 / math.sqrt(variance + NORMALIZATION_EPS))
 
 
+class FileWindow(io.RawIOBase):
+    """The bytes of a file from ``offset`` on, ``length`` of them, as if they were a file of their own."""
+
+    def __init__(self, path: str, offset: int, length: int) -> None:
+        super().__init__()
+        self._bytes = open(path, "rb", buffering=0)
+        self._offset, self._place = offset, 0
+        self._length = max(0, min(length, os.fstat(self._bytes.fileno()).st_size - offset))
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a byte; returns which."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        """Fill the buffer as far as there are bytes; returns how many."""
+        wanted = min(len(buffer), self._length - self._place)
+        if wanted <= 0:
+            return 0
+        self._bytes.seek(self._offset + self._place)
+        count = self._bytes.readinto(memoryview(buffer)[:wanted])
+        self._place += count
+        return count
+
+    def close(self) -> None:
+        """Close the file behind."""
+        if not self.closed:
+            self._bytes.close()
+        super().close()
+
+
 def _source(path: str) -> str | BinaryIO:
-    """What soundfile opens: the path, or the bytes of a zip entry."""
-    entry = _ZIP_ENTRY.fullmatch(path)
+    """What soundfile opens: the path, or a window on a zip entry, of which only what is wanted is read."""
+    entry = ZIP_ENTRY.fullmatch(path)
     if entry is None or os.path.exists(path):
         return path
-    with open(entry["archive"], "rb") as archive:
-        archive.seek(int(entry["offset"]))
-        return io.BytesIO(archive.read(int(entry["length"])))
+    window = FileWindow(entry["archive"], int(entry["offset"]), int(entry["length"]))
+    return io.BufferedReader(window, ZIP_BUFFER)  # type: ignore[return-value]
 
 
 def _why_not_opened(path: str) -> str:
     """The sentence for a file that soundfile could not open."""
-    entry = _ZIP_ENTRY.fullmatch(path)
+    entry = ZIP_ENTRY.fullmatch(path)
     file = entry["archive"] if entry and not os.path.exists(path) else path
     if not os.path.exists(file):
         return f"{file} does not exist; check the paths in the manifest and the data folder."
@@ -227,5 +277,9 @@ def _why_not_opened(path: str) -> str:
     if os.path.getsize(file) == 0:
         return f"{file} is empty (0 bytes); copy or download the file again."
     if file != path:
+        assert entry is not None
+        end, size = int(entry["offset"]) + int(entry["length"]), os.path.getsize(file)
+        if end > size:
+            return f"{path} ends at byte {end}, but the archive has {size}; write its manifest again."
         return f"{path} is no audio entry of the archive; write its manifest again, with entries stored uncompressed."
     return f"{path} is not an audio file that can be read (WAV, FLAC, Ogg, Opus, MP3); convert it or copy it again."

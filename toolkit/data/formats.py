@@ -1,4 +1,4 @@
-"""Readers and writers of the manifest kinds: CSV, JSON, JSON lines, tab-separated tables, and fairseq's tsv."""
+"""Readers of the manifest kinds: CSV, JSON, JSON lines and tab-separated tables; fairseq's tsv has its own module."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from toolkit.data.audio import audio_info
-from toolkit.data.table import DATA_COLUMNS, Manifest, ManifestBuilder, shortened
-from toolkit.errors import AudioError, ManifestError
+from toolkit.data.table import DATA_COLUMNS, Manifest, ManifestBuilder
+from toolkit.errors import ManifestError
 
 ALIASES = {
     "ID": ("id", "utt_id"),
@@ -22,14 +21,8 @@ ALIASES = {
 }
 """Other names under which corpora carry our columns; taken where ours is missing."""
 
-FAIRSEQ_RATE = 16000
-"""Hz taken for a fairseq tsv whose audio cannot be looked at: what all its speech models use."""
-
 FIELD_LIMIT = 1 << 24
 """Characters in one field of a CSV file; the csv module's own limit is too small for long transcripts."""
-
-FRAME_DIGITS = 15
-"""Digits of a number of samples; more would be thousands of years of audio."""
 
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
 """What tables are separated by in the wild; ours by commas, or by tabs in a tsv."""
@@ -176,70 +169,6 @@ def _read_objects(rows: Iterable[tuple[str | int, Any]], name: str, resolve: Pat
     if builder is None:
         raise ManifestError(f"{name} holds no utterances; check how it was made.")
     return builder.finish()
-
-
-def read_fairseq(path: Path, file: TextIO, resolve: PathResolver, sample_rate: int | None) -> Manifest:
-    """fairseq's ``.tsv`` (root, then path and frames) with ``.wrd`` or ``.ltr`` beside it.
-
-    Lines of the label files belong to the lines of the tsv one by one. Utterances are named by the stem of their
-    file, or by their relative path where two stems are equal.
-    """
-    name = str(path)
-    written_root = file.readline().strip()
-    root = resolve(written_root, f"{name}, line 1")
-    entries: list[tuple[str, str]] = []
-    for number, line in enumerate(file, start=2):
-        fields = line.strip().split("\t")
-        if len(fields) != 2:
-            if fields == [""]:
-                raise ManifestError(
-                    f"{name}, line {number}: the line is empty; delete it, here and in the label files."
-                )
-            raise ManifestError(
-                f"{name}, line {number}: there are {len(fields)} fields, expected a path and a number of samples with "
-                "one tab between them; correct the line."
-            )
-        entries.append((fields[0], fields[1]))
-    labels = _fairseq_labels(path, len(entries))
-    rate = sample_rate or _rate_of(root, entries)
-    stems = [entry if ".zip:" in entry else Path(entry).stem for entry, _ in entries]
-    unique = len(set(stems)) == len(stems)
-    builder = ManifestBuilder(["ID", "duration", "wav"] + (["wrd"] if labels else []), name)
-    for index, (entry, frames) in enumerate(entries):
-        if not frames.isdecimal() or len(frames) > FRAME_DIGITS or int(frames) == 0:
-            raise ManifestError(
-                f"{name}, line {index + 2}: the number of samples is {shortened(repr(frames))}, expected a whole "
-                "number greater than 0; correct or delete the line."
-            )
-        identity = stems[index] if unique else os.path.splitext(entry)[0]
-        row = {"ID": identity, "duration": int(frames) / rate, "wav": os.path.join(root, entry)}
-        builder.add(row | ({"wrd": labels[index]} if labels else {}), index + 2)
-    return builder.finish(root=root, sample_rate=rate)
-
-
-def _fairseq_labels(path: Path, expected: int) -> list[str] | None:
-    words, letters = path.with_suffix(".wrd"), path.with_suffix(".ltr")
-    file = words if words.is_file() else letters
-    if not file.is_file():
-        return None
-    lines = read_text(file).split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    if len(lines) != expected:
-        raise ManifestError(
-            f"{file} has {len(lines)} lines and {path} has {expected} utterances; they must belong together line by "
-            "line."
-        )
-    if file == letters:
-        lines = [line.replace(" ", "").replace("|", " ") for line in lines]
-    return [" ".join(line.split()) for line in lines]
-
-
-def _rate_of(root: str, entries: list[tuple[str, str]]) -> int:
-    """The rate at which frames were counted: that of the first file, where it is there to look at."""
-    try:
-        return audio_info(os.path.join(root, entries[0][0])).sample_rate if entries else FAIRSEQ_RATE
-    except AudioError:
-        return FAIRSEQ_RATE
 
 
 def canonical_names(names: list[str]) -> list[str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from toolkit.data import formats
 from toolkit.data.columns import TextColumn
+from toolkit.data.fairseq_format import fairseq_lines, read_fairseq
 from toolkit.data.table import FilterReport, Manifest
 from toolkit.errors import ManifestError
 
@@ -32,6 +31,7 @@ def read_manifest(
     *,
     replacements: Mapping[str, str] | None = None,
     sample_rate: int | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Read a manifest of any kind.
 
@@ -51,6 +51,7 @@ def read_manifest(
         ``{data_root}/...``. Other relative paths start from the manifest's folder.
     sample_rate : Hz at which a fairseq tsv counts samples; None looks at its first audio file (16,000 if it is not
         there).
+    root : the folder of a fairseq tsv's audio, in place of its first line; other kinds take no notice.
 
     Raises
     ------
@@ -68,12 +69,18 @@ def read_manifest(
         raise ManifestError(f"{path} is of no known kind of manifest; name it {', '.join(KINDS)} by its content.")
     resolve = formats.PathResolver(str(path.parent), replacements)
     try:
-        return _read(path, kind, resolve, sample_rate)
+        return _read(path, kind, resolve, sample_rate, root)
     except UnicodeDecodeError as error:
         raise ManifestError(formats.not_utf8(path, error)) from error
 
 
-def _read(path: Path, kind: str, resolve: formats.PathResolver, sample_rate: int | None) -> Manifest:
+def _read(
+    path: Path,
+    kind: str,
+    resolve: formats.PathResolver,
+    sample_rate: int | None,
+    root: str | os.PathLike[str] | None,
+) -> Manifest:
     if kind == ".json":
         return formats.read_json(formats.read_text(path), str(path), resolve)
     # newline="" leaves line ends inside quoted fields to the csv module; other Unicode line ends are text.
@@ -85,19 +92,20 @@ def _read(path: Path, kind: str, resolve: formats.PathResolver, sample_rate: int
             file.seek(0)
             if "\t" in first:
                 return formats.read_table(file, str(path), resolve, "\t")
-            return formats.read_fairseq(path, file, resolve, sample_rate)
+            return read_fairseq(path, file, resolve, sample_rate, root)
         return formats.read_json_lines(file, str(path), resolve)
 
 
 def read_manifests(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Iterable[str | os.PathLike[str]],
     *,
     replacements: Mapping[str, str] | None = None,
     sample_rate: int | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Read several manifests, of any kinds, into one; arguments and errors as for :func:`read_manifest`."""
     return Manifest.concatenate(
-        [read_manifest(path, replacements=replacements, sample_rate=sample_rate) for path in paths]
+        [read_manifest(path, replacements=replacements, sample_rate=sample_rate, root=root) for path in paths]
     )
 
 
@@ -187,29 +195,11 @@ def _portable(row: dict[str, str | float], root: str | None, placeholder: str | 
 def _write_fairseq(
     path: Path, manifest: Manifest, data_root: str | os.PathLike[str] | None, sample_rate: int | None
 ) -> None:
-    rate = sample_rate or manifest.sample_rate or formats.FAIRSEQ_RATE
-    wavs = list(manifest.column("wav"))
-    root = os.path.abspath(data_root) if data_root is not None else manifest.root or _common_folder(wavs)
-    frames = np.rint(manifest.durations * rate).astype(np.int64)
-    outside = next((wav for wav in wavs if not wav.startswith(root.rstrip(os.sep) + os.sep)), None)
-    if outside is not None:
-        raise ManifestError(
-            f"{path} cannot name {outside}, which is not under its root {root}; give another data_root."
-        )
-    lines = [f"{os.path.relpath(wav, root)}\t{count}" for wav, count in zip(wavs, frames, strict=True)]
-    texts = {path: [root, *lines]}
-    if "wrd" in manifest.columns:
-        words = [" ".join(text.split()) for text in manifest.column("wrd")]
-        texts[path.with_suffix(".wrd")] = words
-        texts[path.with_suffix(".ltr")] = [" ".join(text.replace(" ", "|")) + " |" for text in words]
+    texts = fairseq_lines(path, manifest, data_root, sample_rate)
     # The tsv last: it is what readers look for.
     for file, rows in reversed(texts.items()):
         with _whole_file(file) as temporary:
             temporary.write_bytes("".join(f"{row}\n" for row in rows).encode())
-
-
-def _common_folder(wavs: list[str]) -> str:
-    return os.path.commonpath({os.path.dirname(wav) for wav in wavs})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the scri
 
 from recipes.LibriSpeech.librispeech_prepare import librispeech_manifests
 from toolkit.data.batch import SpeechBatch
+from toolkit.data.fairseq_folder import dictionary_beside
 from toolkit.data.loader import Loader
 from toolkit.data.manifest import Manifest, describe_empty_texts, read_manifests
 from toolkit.data.tokens import Tokenizer
@@ -48,8 +49,12 @@ def read_splits(experiment: Experiment, splits: Sequence[str], manifests: Mappin
     """The utterances of ``splits``; None where there are none."""
     if not splits:
         return None
-    paths = [manifests[split] for split in splits]
-    manifest = read_manifests(paths, replacements={"data_root": experiment.hparams["data_folder"]})
+    hparams = experiment.hparams
+    manifest = read_manifests(
+        dict.fromkeys(manifests[split] for split in splits),
+        replacements={"data_root": hparams["data_folder"]},
+        root=hparams["audio_folder"],
+    )
     if sentence := describe_empty_texts(manifest):
         experiment.say(f"warning: {sentence}")
     return manifest
@@ -68,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
             [*train_splits, *valid_splits, *test_splits],
             data_folder=hparams["data_folder"],
             manifest_folder=hparams["manifest_folder"],
+            audio_folder=hparams["audio_folder"],
+            texts=True,
             subset_lists=hparams["subset_lists"],
             seed=hparams["seed"],
             say=experiment.say,
@@ -79,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
                 raise ConfigError("train_splits is empty; name at least one split or manifest to train on.")
             train, report = train.filter(min_duration=hparams["min_duration"], max_duration=hparams["max_duration"])
             experiment.say(f"training: {report}")
-            recognizer = make_recognizer(experiment, train)
+            dictionary = dictionary_beside(manifests[split] for split in train_splits)
+            recognizer = make_recognizer(experiment, train, dictionary=dictionary)
 
         def eval_loader(part: Manifest | None) -> Loader | None:
             return part and experiment.eval_loader(recognizer.dataset(part), batch_seconds=hparams["batch_seconds"])

@@ -53,8 +53,11 @@ def make_dataset(
     hparams = experiment.hparams
     if not splits:
         return None
-    paths = [manifests[split] for split in splits]
-    manifest = read_manifests(paths, replacements={"data_root": hparams["data_folder"]})
+    manifest = read_manifests(
+        dict.fromkeys(manifests[split] for split in splits),
+        replacements={"data_root": hparams["data_folder"]},
+        root=hparams["audio_folder"],
+    )
     if limited:
         limits = {"min_duration": hparams["min_duration"], "max_duration": hparams["max_duration"]}
         manifest, report = manifest.filter(**limits)
@@ -85,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
             [*train_splits, *valid_splits, *test_splits],
             data_folder=hparams["data_folder"],
             manifest_folder=hparams["manifest_folder"],
+            audio_folder=hparams["audio_folder"],
             subset_lists=hparams["subset_lists"],
             seed=hparams["seed"],
             say=experiment.say,

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from toolkit.models.convert import load_pretrained
 from toolkit.models.convert.common import export_tensors
 from toolkit.models.convert.fairseq_names import names_table
+from toolkit.models.convert.unpickle import read_pickle
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "fairseq_models"
 
@@ -24,6 +25,15 @@ def original(case, file="checkpoint.pt"):
     model, info = load_pretrained(FOLDER / case / file)
     assert not info.fresh
     return model.train()
+
+
+def original_tensors(case):
+    """All tensors of the original's checkpoint by its own names, the teacher's after a dot."""
+    tensors = {}
+    for name, value in read_pickle(FOLDER / case / "checkpoint.pt")["model"].items():
+        inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        tensors |= inner
+    return tensors
 
 
 def by_original_names(kind, model, tensors):

@@ -134,7 +134,7 @@ def test_what_cannot_be_saved(tmp_path):
         save_model_folder(tmp_path / "m", encoder(), kind="hubert", sample_rate=16000, normalize=False)
     assert str(error.value) == (
         f"{tmp_path / 'm'}: a model of kind 'hubert' cannot be saved, the kinds are wav2vec2_encoder, "
-        "wav2vec2_pretraining, ctc."
+        "wav2vec2_pretraining, ctc, text_encoder."
     )
     with pytest.raises(CheckpointError) as error:
         save(tmp_path / "m", extra={"path": Path("x")})

@@ -99,6 +99,20 @@ def test_entries_may_be_manifests(tmp_path: Path) -> None:
     assert prepare.librispeech_manifests([mine], data_folder="nowhere", manifest_folder=tmp_path) == {mine: Path(mine)}
 
 
+def test_a_folder_of_fairseqs_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder, said = ROOT / "tests" / "fixtures" / "fairseq_folder", []
+    places = {"data_folder": folder, "manifest_folder": tmp_path / "m", "say": said.append}
+    found = prepare.librispeech_manifests([TRAIN, DEV], audio_folder=TINY, texts=True, **places)
+    assert found == {TRAIN: folder / "train.tsv", DEV: folder / "valid.tsv"}
+    assert len(said) == 2 and not (tmp_path / "m").exists()
+    with pytest.raises(ManifestError, match="the audio's folder /data/LibriSpeech is not on this machine; say where"):
+        prepare.librispeech_manifests([TRAIN, DEV], **places)
+    with pytest.raises(ManifestError, match="is not on this machine"):
+        prepare.librispeech_manifests([str(folder / "valid.tsv")], **places)
+    with pytest.raises(ManifestError, match="none for the split 'mine'; there are train, valid"):
+        prepare.librispeech_manifests(["mine"], audio_folder=TINY, **places)
+
+
 def test_all_formats_alike(tmp_path: Path, tree: Path) -> None:
     chapter = tree / DEV / "1272" / "128104"
     for suffix, utterance in ((".wav", "0000"), (".ogg", "0001"), (".mp3", "0002")):

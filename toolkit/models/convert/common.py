@@ -116,7 +116,7 @@ def import_tensors(
 
     Raises
     ------
-    CheckpointError : tensors that lie one after the other in ours are of different shapes.
+    RuntimeError : tensors that lie one after the other in ours are of different shapes; the caller names the file.
     """
     found: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -137,7 +137,7 @@ def _on_top(source: Mapping[str, Tensor], parts: Sequence[str]) -> Tensor:
     """The tensors ``parts``, one after the other."""
     if len({tuple(source[part].shape) for part in parts}) > 1:
         shapes = ", ".join(f"{part} {tuple(source[part].shape)}" for part in parts)
-        raise CheckpointError(f"tensors that must have one shape differ: {shapes}; copy the file again.")
+        raise RuntimeError(f"these must have one shape: {shapes}")
     return torch.cat([source[part] for part in parts])
 
 

@@ -219,12 +219,12 @@ def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> Le
 
 
 def _stored_dictionary(state: Any, path: Path) -> LetterTokenizer:
-    symbols = state.get("symbols") if isinstance(state, dict) else None
-    counts = state.get("count") if isinstance(state, dict) else None
+    symbols, counts = (state.get(key) if isinstance(state, dict) else None for key in ("symbols", "count"))
     if not isinstance(symbols, list) or symbols[:4] != SPECIALS or not all(isinstance(name, str) for name in symbols):
         raise CheckpointError(f"{path}: the dictionary in it is not {', '.join(SPECIALS)} and then symbols.")
-    known = isinstance(counts, list) and len(counts) == len(symbols) and all(type(count) is int for count in counts)
     if len(set(symbols)) != len(symbols):
         raise TokenError(f"{path}: the dictionary in it holds a symbol twice.")
-    pairs = zip(symbols, counts if known else [0] * len(symbols), strict=True)
-    return LetterTokenizer(dict(list(pairs)[len(SPECIALS) :]), source=str(path))
+    if not isinstance(counts, list) or len(counts) != len(symbols) or any(type(count) is not int for count in counts):
+        counts = [0] * len(symbols)
+    pairs = list(zip(symbols, counts, strict=True))
+    return LetterTokenizer(dict(pairs[len(SPECIALS) :]), source=str(path))

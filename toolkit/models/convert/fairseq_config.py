@@ -20,6 +20,7 @@ from toolkit.models.convert.unpickle import StandIn
 EXTRACTOR_NORMS = {"default": "group", "layer_norm": "layer"}
 BASE_CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 MOST_CONV_LAYERS = 100
+LONGEST_TEXT = 1000
 SAMPLE_RATE = 16000
 TEXT_PADDING = 1
 """The id of <pad> in every dictionary of fairseq's."""
@@ -196,7 +197,7 @@ def setting(group: Mapping[str, Any], key: str, kind: type, default: Any, path: 
         return default
     if isinstance(value, str) and kind is not str:
         try:
-            value = ast.literal_eval(value) if len(value) < 1000 else None
+            value = ast.literal_eval(value) if len(value) <= LONGEST_TEXT else None
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = None
     if kind is list and isinstance(value, tuple):
@@ -218,7 +219,12 @@ def conv_layers(value: Any, path: Path) -> list[list[int]]:
     CheckpointError : it is anything but lists of three positive numbers, added and repeated.
     """
     try:
-        layers = _layers(ast.parse(value.strip(), mode="eval").body) if isinstance(value, str) else value
+        if isinstance(value, str):
+            if len(value) > LONGEST_TEXT:  # Python's parser itself is not made for hostile texts
+                raise ValueError("too long")
+            layers = _layers(ast.parse(value.strip(), mode="eval").body)
+        else:
+            layers = value
         layers = [[_whole(number) for number in layer] for layer in layers]
         if not layers or any(len(layer) != 3 or min(layer) < 1 for layer in layers):
             raise ValueError("no layers of three numbers")

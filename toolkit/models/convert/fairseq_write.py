@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -109,7 +109,7 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
             f"{path}: {len(missing)} tensors of the model are missing ({', '.join(missing[:3])}), and fairseq opens "
             "whole models only; give a whole file."
         )
-    architecture = model.config
+    architecture = cast(dict[str, Any], model.config)
     rate, normalize = converted.config.sample_rate, converted.config.normalize
     if kind == "ctc":
         settings = _ctc_settings(architecture, rate, normalize)

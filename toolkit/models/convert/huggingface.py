@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError, TokenError, ToolkitError
-from toolkit.models.convert.common import Converted, PretrainedInfo, import_tensors, split_unused
+from toolkit.models.convert.common import Converted, PretrainedInfo, split_unused
 from toolkit.models.convert.huggingface_config import (
     DATA2VEC_TEXT,
     PREFIXES,
@@ -44,7 +44,7 @@ from toolkit.models.convert.huggingface_tokens import (
     rows_to_ours,
 )
 from toolkit.models.convert.huggingface_write import write_huggingface
-from toolkit.models.convert.shapes import check_shapes, expected_shapes
+from toolkit.models.convert.shapes import expected_shapes, import_checked
 from toolkit.models.convert.unpickle import read_pickle
 from toolkit.models.model_files import CONFIG_FILE, TEXT_KINDS, WEIGHTS_FILE, ModelConfig
 
@@ -200,8 +200,7 @@ def _import(
         )
     expected = expected_shapes(kind, architecture, source=path)
     inner = "" if kind in ("wav2vec2_encoder", "text_encoder") else "encoder."
-    found, missing, left = import_tensors(names_table(model_type, inner), tensors, expected)
-    check_shapes(found, expected, source=file)
+    found, missing, left = import_checked(names_table(model_type, inner), tensors, expected, source=file)
     unused, unexpected = split_unused(left, HEADS if not inner else ())
     fresh = ()
     mask = f"{inner}mask_embedding"

@@ -168,8 +168,12 @@ def _export(converted: Converted, config: Mapping[str, Any], rows: tuple[int | N
     if rows is not None:
         tensors |= {name: rows_to_theirs(tensors[name], rows) for name in ("head.weight", "head.bias")}
     inner = "" if kind == "wav2vec2_encoder" else "encoder."
+    mask = f"{inner}mask_embedding"
     if not config.get("mask_time_prob", 0.05) and not config.get("mask_feature_prob", 0.0):
-        tensors.pop(f"{inner}mask_embedding", None)  # transformers has the vector only where something is masked
+        tensors.pop(mask, None)  # transformers has the vector only where something is masked
+    elif mask not in tensors and OWN in config:
+        dim = len(tensors[f"{inner}transformer.norm.weight"])
+        tensors[mask] = torch.rand(dim, generator=torch.Generator().manual_seed(0))  # as it is drawn at the start
     model_type = config["model_type"]
     prefix = PREFIXES[model_type] if inner else ""
     encoder = {name.removeprefix(inner): value for name, value in tensors.items() if name.startswith(inner)}

@@ -15,7 +15,7 @@ from toolkit.models.convert.common import Converted, PretrainedInfo, describe_di
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.encoder import ENCODER_ARGUMENTS, Wav2Vec2Encoder, encoder_settings
 from toolkit.models.folder import build_model
-from toolkit.models.model_files import load_tensors
+from toolkit.models.model_files import TEXT_KINDS, load_tensors
 
 
 def load_pretrained(
@@ -91,6 +91,9 @@ def load_encoder(path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Enco
         raise ModelError(f"the encoder has no argument {unknown[0]!r}; did you mean {nearest!r}?")
     converted = read_pretrained(path)
     check_difference(converted, path)
+    if converted.config.kind in TEXT_KINDS:
+        kind = converted.config.kind
+        raise CheckpointError(f"{path}: this is a model of text, of kind {kind!r}; give one of speech.")
     settings = encoder_settings(converted.config.architecture, source=path)
     try:
         encoder = Wav2Vec2Encoder(**settings | overrides)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.models.convert.common import empty_model
+from toolkit.models.convert.common import Row, empty_model, import_tensors
 
 
 def expected_shapes(
@@ -41,13 +41,28 @@ def expected_shapes(
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def check_shapes(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str | os.PathLike[str]
-) -> None:
-    """Raise CheckpointError for the first of ``tensors`` whose shape is not the ``expected`` one of its name."""
-    for name, value in tensors.items():
+def import_checked(
+    table: Sequence[Row],
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    source: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """:func:`toolkit.models.convert.common.import_tensors`, where every tensor must have its expected shape.
+
+    Raises
+    ------
+    CheckpointError : a tensor of another shape; ``source`` is the file.
+    """
+    advice = "copy the file and its settings from the same model again."
+    try:
+        found, missing, left = import_tensors(table, tensors, expected)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the tensors do not fit together ({error}); {advice}") from error
+    for name, value in found.items():
         if tuple(value.shape) != tuple(expected[name]):
             raise CheckpointError(
                 f"{source}: the tensor for {name} has the shape {tuple(value.shape)}, but the settings beside it make "
-                f"{tuple(expected[name])}; copy the file and its settings from the same model again."
+                f"{tuple(expected[name])}; {advice}"
             )
+    return found, missing, left

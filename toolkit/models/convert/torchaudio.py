@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
-from toolkit.models.convert.common import Converted, PretrainedInfo, Row, import_tensors, split_unused
-from toolkit.models.convert.shapes import check_shapes, expected_shapes
+from toolkit.models.convert.common import Converted, PretrainedInfo, Row, split_unused
+from toolkit.models.convert.shapes import expected_shapes, import_checked
 from toolkit.models.model_files import ModelConfig
 
 FIRST = "feature_extractor.conv_layers.0.conv.weight"
@@ -98,8 +98,7 @@ def read_torchaudio(contents: Mapping[str, Any], path: Path) -> Converted:
         architecture = {"encoder": encoder, "vocab_size": len(tensors["aux.weight"])}
         notes += ("the file does not say what the outputs mean; output 0 is the blank",)
     expected = expected_shapes(kind, architecture, source=path)
-    found, missing, left = import_tensors(_table(inner), tensors, expected)
-    check_shapes(found, expected, source=path)
+    found, missing, left = import_checked(_table(inner), tensors, expected, source=path)
     unused, unexpected = split_unused(left, UNUSED)
     mask = f"{inner}mask_embedding"
     fresh = (mask,) if mask in missing else ()

@@ -67,6 +67,8 @@ class StandIn:
     """
 
     __slots__ = ("args", "state")
+    args: tuple[Any, ...]
+    state: Any
     name = ""
 
     def __new__(cls, *args: Any) -> StandIn:
@@ -153,7 +155,7 @@ def _names_in(path: Path) -> tuple[set[str], bool]:
             raise
         except (ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{path}: the file is damaged or cut short ({error}); copy or download it again."
+                f"{path}: the file is damaged, cut short or of an unusual form ({error}); copy or save it again."
             ) from error
     raise CheckpointError(
         f"{path}: this is no file of torch.save, it begins with {start[:8]!r}; give a checkpoint (.pt, .bin, .ckpt)."
@@ -182,8 +184,10 @@ def _names_in_pickle(stream: IO[bytes]) -> set[str]:
     """Full names of the globals of one pickle, in today's spelling; the stream is left behind its end."""
     names = set()
     for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "PROTO" and argument not in (2, 3):
+            raise ValueError(f"pickle protocol {argument}; torch.save takes 2 unless it is told otherwise")
         if opcode.name == "GLOBAL":
-            module, name = argument.split(" ", 1)
+            module, name = str(argument).split(" ", 1)
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             names.add(f"{module}.{name}")
     return names

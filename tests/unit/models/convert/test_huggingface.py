@@ -421,7 +421,7 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
     def misshapen(tensors):
         return tensors | {"wav2vec2.encoder.layers.0.attention.q_proj.weight": torch.zeros(12, 24)}
 
-    with pytest.raises(CheckpointError, match="must have one shape"):
+    with pytest.raises(CheckpointError, match="these must have one shape"):
         read_pretrained(rewritten(hf_folder(tmp_path / "two", "ctc"), misshapen))
 
     def twice(tensors):

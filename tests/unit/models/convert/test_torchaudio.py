@@ -119,7 +119,7 @@ def broken(what):
         ("kernel", "the strides are not in such a file"),
         ("width", "width is 32"),
         ("no positions", "missing"),
-        ("shape", "tensors that must have one shape differ"),
+        ("shape", "these must have one shape"),
         ("no convolutions", "no convolutions"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from toolkit.errors import CheckpointError
+from toolkit.models.convert import unpickle
 from toolkit.models.convert.unpickle import MAGIC, StandIn, read_pickle
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "fairseq_models"
@@ -196,6 +197,25 @@ def test_the_attacks_are_real(tmp_path, monkeypatch):
         marker.unlink()
 
 
+def test_what_is_overlooked_at_first_is_refused_by_torch(tmp_path, monkeypatch):
+    """The names are looked at twice: nothing hangs on the first look."""
+    monkeypatch.setattr(unpickle, "_names_in", lambda path: (set(), False))
+    marker = tmp_path / "marker"
+    monkeypatch.setenv("MARK", str(marker))
+    for attack, (name, poison) in attacks(marker).items():
+        words = refused(save({"model": poison}, tmp_path / "x.pt"))
+        assert words.startswith("FILE: the file asks for ") and not marker.exists(), attack
+        assert name.split(".")[-1] in words
+
+
+def test_another_protocol_is_named(tmp_path):
+    torch.save({"a": 1}, tmp_path / "x.pt", pickle_protocol=4)
+    assert refused(tmp_path / "x.pt") == (
+        "FILE: the file is damaged, cut short or of an unusual form (pickle protocol 4; torch.save takes 2 unless "
+        "it is told otherwise); copy or save it again."
+    )
+
+
 @FORMS
 def test_states_that_try_something(tmp_path, monkeypatch, zipped):
     """A state may replace nothing of a stand-in's or a Namespace's workings."""
@@ -225,7 +245,9 @@ def test_truncated_files(tmp_path, share, zipped):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     words = refused(path)
-    assert words.startswith("FILE: the file is damaged") and words.endswith("copy or download it again."), words
+    assert words.startswith("FILE: the file is damaged") and words.endswith(
+        ("copy or download it again.", "copy or save it again.")
+    ), words
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
@@ -238,15 +260,17 @@ def test_files_that_are_no_checkpoints(tmp_path):
         ".ckpt).",
         pickle.dumps({"a": 1}): "FILE: this is no file of torch.save, it begins with b'\\x80\\x04\\x95\\n\\x00\\x00"
         "\\x00\\x00'; give a checkpoint (.pt, .bin, .ckpt).",
-        b"PK\x03\x04nonsense": "FILE: the file is damaged or cut short (File is not a zip file); copy or download it "
-        "again.",
+        b"PK\x03\x04nonsense": "FILE: the file is damaged, cut short or of an unusual form (File is not a zip file); "
+        "copy or save it again.",
     }.items():
         path.write_bytes(content)
         assert refused(path) == words
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
     assert refused(path) == "FILE: this zip archive holds no data.pkl; give a file of torch.save."
-    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"program/{name}", "")
     assert refused(path) == (
         "FILE: this is a TorchScript program, which would have to be run; give the checkpoint that it was made from."
     )
