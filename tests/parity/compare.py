@@ -1,6 +1,6 @@
 """Compares a checkpoint's numbers with those that the original implementation recorded from it.
 
-Run: python tests/parity/compare.py FOLDER... [--plain] [--precision bf16] [--device cuda]
+Run: python tests/parity/compare.py FOLDER... [--plain] [--precision bf16] [--compile] [--device cuda]
 
 A folder holds checkpoint.pt, tensors.safetensors (inputs ``in.*``, random choices ``rand.*``, results) and meta.json
 (scalars, tolerances), see tests/fixtures/fairseq_models/README.md. Everything recorded is compared, or the command
@@ -80,7 +80,10 @@ def compare_folder(folder: str, setup: Setup, only_outside: bool = False) -> boo
     expected, compare = case
     if not isinstance(model, expected):
         raise RecordingError(f"{path}: {META} says {kind}, but the file holds a {type(model).__name__}.")
-    print(f"{folder}: {kind}, {info.source}, {setup.device.name}, {setup.precision}{', plain' if setup.plain else ''}")
+    print(
+        f"{folder}: {kind}, {info.source}, {setup.device.name}, {setup.precision}"
+        f"{', plain' if setup.plain else ''}{', compiled' if setup.compiled else ''}"
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = compare_all(recording, compare(recording, model, setup), _tolerances(recording, setup))
     rows += [_other_file(other, before) for other in sorted(recording.folder.glob("checkpoint_*.pt"))]
@@ -113,12 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="run the plain formulas in place of the fast forms")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the products")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="compile the model, as a recipe's --compile does")
     parser.add_argument("--only-outside", action="store_true", help="print only the rows that fail")
     options = parser.parse_args(arguments)
     passed = True
     try:
         device = resolve_device(options.device)
-        setup = Setup(device, device.resolve_precision(options.precision), options.plain)
+        setup = Setup(device, device.resolve_precision(options.precision), options.plain, options.compile)
     except ToolkitError as error:
         print(error, file=sys.stderr)
         return 1

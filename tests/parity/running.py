@@ -30,11 +30,13 @@ KEY_BIAS = "self_attn.k_proj.bias"
 
 @dataclass(frozen=True)
 class Setup:
-    """How to run: on which device, in which precision ("fp32", "bf16"), by the fast forms or the plain formulas."""
+    """How to run: on which device, in which precision ("fp32", "bf16"), by the fast forms or the plain formulas, and
+    whether compiled, as ``--compile`` of a recipe does it."""
 
     device: Device
     precision: str
     plain: bool
+    compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that training runs a step in."""
@@ -53,7 +55,10 @@ def prepare(model: nn.Module, setup: Setup) -> nn.Module:
                 setattr(module, name, 0.0)
         if isinstance(module, Wav2Vec2Encoder):
             module.mask_prob = module.mask_channel_prob = 0.0  # masks are given, or there are none
-    return set_fast(model, not setup.plain)
+    set_fast(model, not setup.plain)
+    if setup.compiled:
+        model.compile(dynamic=False)
+    return model
 
 
 def randomness() -> Randomness:
