@@ -85,7 +85,17 @@ def compare_folder(folder: str, setup: Setup, only_outside: bool = False) -> boo
         f"{', plain' if setup.plain else ''}{', compiled' if setup.compiled else ''}"
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = compare_all(recording, compare(recording, model, setup), _tolerances(recording, setup))
+    try:
+        measured = compare(recording, model, setup)
+    except (IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, ToolkitError):
+            raise
+        words = str(error).strip().splitlines()[0]
+        raise RecordingError(
+            f"{folder}: the model does not run on the recorded inputs ({type(error).__name__}: {words}); are the files "
+            "of one recording?"
+        ) from error
+    rows = compare_all(recording, measured, _tolerances(recording, setup))
     rows += [_other_file(other, before) for other in sorted(recording.folder.glob("checkpoint_*.pt"))]
     shown = [row for row in rows if not row.passed] if only_outside else rows
     if shown:

@@ -260,6 +260,16 @@ def test_an_input_that_is_missing_is_named(folder, capsys):
     assert f"{name} is missing, and the model cannot be run without it." in outcome(folder, capsys)
 
 
+def test_inputs_that_do_not_fit_each_other_are_one_sentence(tmp_path, capsys):
+    folder = tmp_path / "case"
+    shutil.copytree(FIXTURES / "w2v2_ctc_from_groupnorm", folder, copy_function=shutil.copyfile)
+    name = "in.target_lengths"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name][:2].clone()}))
+    change_meta(folder, lambda meta: meta["tensors"].pop(name))
+    text = outcome(folder, capsys)
+    assert "the model does not run on the recorded inputs" in text and text.strip().endswith("of one recording?")
+
+
 def test_tolerances_are_read_as_they_are_written():
     assert Tolerance.parse("atol 1e-4") == Tolerance("atol 1e-4", absolute=1e-4)
     both = Tolerance.parse("rtol 2e-3, atol 2e-4 * max|grad|")
