@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from toolkit.models.convert.huggingface import write_huggingface
+from toolkit.models.convert.huggingface_config import architecture_of
 from toolkit.models.convert.load import load_pretrained
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.convert.torchaudio import read_torchaudio
@@ -160,6 +161,13 @@ def test_pretraining_gives_the_same_losses(pretraining, training, padded, fast, 
     assert note(f"{name} last hidden state", on_real_frames(features, frames), on_real_frames(hidden, frames)) < 1e-4
     masked = int(mask.sum())
     assert out.num_masked == masked
+    targets = expected.projected_quantized_states
+    candidates = targets.flatten(0, 1)[their_negatives.long()].permute(2, 0, 1, 3)
+    logits = theirs.compute_contrastive_logits(targets[None], candidates, expected.projected_states, 0.1)
+    logits = logits.permute(1, 2, 0)[mask]
+    kept = out.logits.isfinite()  # negatives of the positive's own codes are out
+    assert kept[:, 0].all() and kept.float().mean() > 0.9
+    assert note(f"{name} contrastive logits", out.logits[kept], logits[kept]) < 2e-4
     assert abs(float(out.contrastive) / float(expected.contrastive_loss) - 1) < 1e-5
     note(f"{name} contrastive loss, relative", float(out.contrastive) / float(expected.contrastive_loss), 1.0)
     # In evaluation transformers' perplexity is that of the choices. Ours has fairseq's 1e-7 inside its logarithm.
@@ -329,6 +337,27 @@ def test_data2vec_text_gives_the_same_hidden_states(fast, types, tmp_path):
     assert note("data2vec text last hidden state", out.features[real], expected.last_hidden_state[real]) < 1e-4
     for (mine, _), wanted in zip(out.layers, expected.hidden_states[1:], strict=True):
         assert note("data2vec text layers", mine[real], wanted[real]) < 1e-4
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "kind"),
+    [
+        ("Wav2Vec2Config", "wav2vec2", "wav2vec2_pretraining"),
+        ("Wav2Vec2Config", "wav2vec2", "ctc"),
+        ("Data2VecAudioConfig", "data2vec-audio", "ctc"),
+        ("Data2VecTextConfig", "data2vec-text", "text_encoder"),
+    ],
+)
+def test_a_key_that_is_missing_means_the_librarys_default(config, model_type, kind):
+    text = {"layer_norm_eps": 1e-5} if kind == "text_encoder" else {}
+    whole = json.loads(json.dumps(getattr(transformers, config)(**text).to_dict()))
+    by_default, by_name = (
+        architecture_of(values, model_type, kind, outputs=32, source="config.json") for values in (text, whole)
+    )
+    assert by_default == by_name
 
 
 # What the toolkit writes

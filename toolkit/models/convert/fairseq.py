@@ -16,18 +16,15 @@ from toolkit.models.convert.common import Converted, PretrainedInfo, empty_model
 from toolkit.models.convert.fairseq_config import (
     SAMPLE_RATE,
     TEXT_PADDING,
-    Settings,
     ctc_architecture,
     encoder_architecture,
     kept_settings,
-    plain,
     pretraining_architecture,
-    read_settings,
-    setting,
     text_architecture,
     training_notes,
 )
 from toolkit.models.convert.fairseq_names import CTC_PREFIX, TEXT_PREFIX, names_table
+from toolkit.models.convert.fairseq_settings import Settings, plain, read_settings, setting
 from toolkit.models.convert.fairseq_write import write_fairseq
 from toolkit.models.convert.unpickle import StandIn
 from toolkit.models.model_files import TEXT_KINDS, ModelConfig
@@ -136,12 +133,21 @@ def _converted(
     notes: tuple[str, ...],
     tokenizer: LetterTokenizer | None = None,
 ) -> Converted:
-    model = empty_model(kind, architecture, source=path)
+    try:
+        model = empty_model(kind, architecture, source=path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: the settings in it make no model ({error.__cause__ or error}).") from error
     expected = {name: value.shape for name, value in model.state_dict().items()}
     try:
         tensors, missing, rest = import_tensors(names_table(kind, architecture), weights, expected)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the shapes of the tensors do not fit together ({error}).") from error
+    for name in tensors:
+        if tensors[name].shape != expected[name]:
+            raise CheckpointError(
+                f"{path}: by the settings in it {name} has the shape {tuple(expected[name])}, but the tensor's is "
+                f"{tuple(tensors[name].shape)}; the file is damaged or of a program that was changed."
+            )
     unused, unexpected = split_unused(rest, UNUSED[kind])
     rate = 0 if kind in TEXT_KINDS else setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
     said = setting(settings.model, "normalize", bool, False, path)  # fine-tuned models say it in both places

@@ -1,26 +1,18 @@
-"""fairseq's settings, of either generation, as the toolkit's.
-
-Until 2020 a checkpoint held one flat ``argparse.Namespace``; since then it holds nested groups, for a while as an
-object of omegaconf's and later as plain dicts. What is missing in a file has the default that it had in fairseq.
-"""
+"""fairseq's settings as the arguments of the toolkit's models; what is missing has the default that it has there."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import CheckpointError
-from toolkit.models.convert.unpickle import StandIn
+from toolkit.models.convert.fairseq_settings import LONGEST_TEXT, Settings, group_of, setting, short
 
 EXTRACTOR_NORMS = {"default": "group", "layer_norm": "layer"}
 BASE_CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 MOST_CONV_LAYERS = 100
-LONGEST_TEXT = 1000
 SAMPLE_RATE = 16000
 TEXT_PADDING = 1
 """The id of <pad> in every dictionary of fairseq's."""
@@ -108,105 +100,9 @@ TRAINING_ONLY = {
     "no_mask_channel_overlap": False,
     "mask_dropout": 0.0,
     "mask_channel_before": False,
+    "zero_mask": False,
 }
 """Settings of the masks that the toolkit lacks; they change nothing in a model that is used or trained otherwise."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A checkpoint's settings: the model's registered name, the groups, and which generation they are of."""
-
-    name: str | None
-    model: dict[str, Any]
-    task: dict[str, Any]
-    criterion: dict[str, Any]
-    generation: str
-
-
-def plain(value: Any) -> Any:
-    """Settings of any form as dicts, lists, numbers and strings."""
-    if isinstance(value, argparse.Namespace):
-        return {key: plain(item) for key, item in vars(value).items()}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if not isinstance(value, StandIn):
-        return value
-    state = value.state if isinstance(value.state, Mapping) else {}
-    for content in ("_content", "_val"):  # of omegaconf's containers and nodes
-        if content in state:
-            return plain(state[content])
-    if state:
-        return plain(state)
-    return plain(value.args[0]) if len(value.args) == 1 else None  # a choice of a list, by its value
-
-
-def read_settings(config: Any, path: Path) -> Settings:
-    """The settings in ``args`` or ``cfg``.
-
-    Raises
-    ------
-    CheckpointError : they are no settings.
-    """
-    try:
-        raw = plain(config)
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: the settings in it contain themselves; the file is damaged.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: the checkpoint holds no settings (args or cfg); without them nothing is known.")
-    if not isinstance(raw.get("model"), dict):
-        return Settings(_name(raw.get("arch")), raw, raw, raw, "args")
-    groups = [_resolved(_group(raw, key), raw) for key in ("model", "task", "criterion")]
-    name = _name(groups[0].get("_name")) or _name(groups[0].get("arch"))
-    return Settings(name, groups[0], groups[1], groups[2], "cfg")
-
-
-def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _group(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    group = raw.get(key)
-    return group if isinstance(group, dict) else {}
-
-
-def _resolved(group: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
-    """References to other settings (``${task.normalize}``) replaced by their values, by None where there is none."""
-    resolved = {}
-    for key, value in group.items():
-        for _ in range(5):  # a reference to a reference; not for ever
-            if not isinstance(value, str) or not (match := re.fullmatch(r"\$\{([\w.]+)\}", value)):
-                break
-            value = root
-            for part in match[1].split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
-        resolved[key] = value
-    return resolved
-
-
-def setting(group: Mapping[str, Any], key: str, kind: type, default: Any, path: Path) -> Any:
-    """A setting as a number, bool, list or string; older files hold some of them as text.
-
-    Raises
-    ------
-    CheckpointError : the value is of another type.
-    """
-    value = group.get(key)
-    if value is None:
-        return default
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = ast.literal_eval(value) if len(value) <= LONGEST_TEXT else None
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = None
-    if kind is list and isinstance(value, tuple):
-        value = list(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise CheckpointError(f"{path}: the setting {key} is {_short(group[key])}, expected {kind.__name__}.")
-    return value
 
 
 def conv_layers(value: Any, path: Path) -> list[list[int]]:
@@ -220,7 +116,7 @@ def conv_layers(value: Any, path: Path) -> list[list[int]]:
     """
     try:
         if isinstance(value, str):
-            if len(value) > LONGEST_TEXT:  # Python's parser itself is not made for hostile texts
+            if len(value) > LONGEST_TEXT:
                 raise ValueError("too long")
             layers = _layers(ast.parse(value.strip(), mode="eval").body)
         else:
@@ -230,7 +126,7 @@ def conv_layers(value: Any, path: Path) -> list[list[int]]:
             raise ValueError("no layers of three numbers")
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise CheckpointError(
-            f"{path}: conv_feature_layers is {_short(value)}, expected (channels, kernel, stride) of each convolution, "
+            f"{path}: conv_feature_layers is {short(value)}, expected (channels, kernel, stride) of each convolution, "
             "as in '[(512, 10, 5)] + [(512, 3, 2)] * 4'."
         ) from error
     return layers
@@ -266,18 +162,13 @@ def _whole(number: Any) -> int:
     return number
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def check_represented(group: Mapping[str, Any], part: str, path: Path) -> None:
     """Raise CheckpointError where a setting has a value that the toolkit's models cannot take."""
     for key, known in REPRESENTED[part].items():
         value = group.get(key)
         if value is not None and value not in known:
             raise CheckpointError(
-                f"{path}: the model was built with {key} = {_short(value)}, which the models here cannot represent; "
+                f"{path}: the model was built with {key} = {short(value)}, which the models here cannot represent; "
                 f"known is {', '.join(map(repr, known))}."
             )
 
@@ -285,7 +176,7 @@ def check_represented(group: Mapping[str, Any], part: str, path: Path) -> None:
 def training_notes(group: Mapping[str, Any]) -> tuple[str, ...]:
     """A line for each setting of the masks that is left out."""
     return tuple(
-        f"{key} = {_short(group[key])} is left out; it changes nothing but the masks of further training"
+        f"{key} = {short(group[key])} is left out; it changes nothing but the masks of further training"
         for key, usual in TRAINING_ONLY.items()
         if group.get(key) is not None and group[key] != usual
     )
@@ -360,7 +251,7 @@ def _loss_weights(criterion: Mapping[str, Any], path: Path) -> tuple[float, floa
         return (0.1, 10.0) if "loss_weights" not in criterion else (0.0, 0.0)
     weights = weights * 2 if len(weights) == 1 else weights  # one is for both
     if len(weights) != 2 or not all(type(weight) in (int, float) for weight in weights):
-        raise CheckpointError(f"{path}: the setting loss_weights is {_short(weights)}, expected two numbers.")
+        raise CheckpointError(f"{path}: the setting loss_weights is {short(weights)}, expected two numbers.")
     return float(weights[0]), float(weights[1])
 
 
@@ -393,8 +284,8 @@ def text_architecture(model: Mapping[str, Any], *, vocab_size: int, max_position
     ------
     CheckpointError : a setting has a value that the encoder cannot take.
     """
-    transformer = _group(model, "transformer")
-    encoder = _group(transformer, "encoder")
+    transformer = group_of(model, "transformer")
+    encoder = group_of(transformer, "encoder")
     # Older files hold all of it in one level, the encoder's with its name in front.
     older = {key.removeprefix("encoder_"): value for key, value in model.items()}
     settings = {**older, **transformer, **encoder}

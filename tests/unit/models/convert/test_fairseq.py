@@ -18,6 +18,7 @@ from toolkit.models.convert import load_encoder, load_pretrained, read_pretraine
 from toolkit.models.convert.common import Converted, PretrainedInfo
 from toolkit.models.convert.fairseq import write_fairseq
 from toolkit.models.convert.fairseq_config import BASE_CONV_LAYERS, conv_layers
+from toolkit.models.convert.fairseq_settings import plain
 from toolkit.models.convert.unpickle import read_pickle
 from toolkit.models.ctc import CTCModel
 from toolkit.models.model_files import ModelConfig
@@ -351,7 +352,40 @@ def test_settings_that_contain_themselves(tmp_path):
     contents = plain_contents()
     contents["cfg"]["model"]["w2v_args"] = contents["cfg"]
     words = refused(saved(contents, tmp_path))
-    assert words == "FILE: the settings in it contain themselves; the file is damaged."
+    assert words == "FILE: the settings contain themselves; the file is damaged."
+
+
+def test_settings_that_unfold_without_end(tmp_path):
+    """Sixty levels of a list that holds the level below twice: 2^60 numbers on paper, a few bytes in the file."""
+    contents = plain_contents()
+    level = [1]
+    for _ in range(60):
+        level = [level, level]
+    contents["cfg"]["common"] = level
+    assert read_pretrained(saved(contents, tmp_path)).config.kind == "ctc"
+    for _ in range(10000):
+        level = [level]
+    with pytest.raises(CheckpointError, match=r"^the settings are nested too deeply; the file is damaged\.$"):
+        plain(level)
+
+
+def test_settings_that_make_no_model(tmp_path):
+    contents = pretraining_contents()
+    contents["cfg"]["model"]["encoder_attention_heads"] = 5
+    assert refused(saved(contents, tmp_path)) == (
+        "FILE: the settings in it make no model (the transformer's dim 48 is no multiple of its num_heads 5.)."
+    )
+    contents["cfg"]["model"] |= {"encoder_attention_heads": 4, "encoder_ffn_embed_dim": 95}
+    assert refused(saved(contents, tmp_path)) == (
+        "FILE: by the settings in it encoder.transformer.layers.0.fc1.weight has the shape (95, 48), but the tensor's "
+        "is (96, 48); the file is damaged or of a program that was changed."
+    )
+
+
+def test_ones_and_zeros_for_yes_and_no(tmp_path):
+    contents = pretraining_contents()
+    contents["cfg"]["task"]["normalize"], contents["cfg"]["model"]["layer_norm_first"] = 1, 0
+    assert read_pretrained(saved(contents, tmp_path)).info.normalize is True
 
 
 @pytest.mark.parametrize("value", ["12 layers", [1], True, 1.5])
