@@ -84,9 +84,7 @@ def _evaluate(step: Step, measured: Measured, seen: dict[str, Tensor]) -> None:
         with step.setup.autocast():
             encoded = step.model.encoder(inputs.waveforms, inputs.lengths, layers=True)
     layers_of(encoded.layers, inputs, measured, "eval.layer", "eval.ffn")
-    measured.add(
-        "eval.w2v_out", inputs.real_rows(out.encoded.features), view=lambda theirs: theirs[inputs.real]
-    )
+    measured.add("eval.w2v_out", inputs.real_rows(out.encoded.features), view=inputs.real_of)
     measured.add("eval.encoder_out", inputs.real_rows(logits), "logits", view=inputs.real_of_time_first)
     # The originals write certain silence over the padding; here the frame lengths say where it begins.
     certain = torch.full((logits.shape[-1],), float("-inf"))
@@ -163,8 +161,6 @@ def _train(step: Step, measured: Measured, seen: dict[str, Tensor], phase: str, 
     say_trained(recording, measured, step.model, phase)
     if phase != "train":
         return
-    measured.add(
-        "train.masked_features", inputs.real_rows(out.encoded.projected), view=lambda theirs: theirs[inputs.real]
-    )
+    measured.add("train.masked_features", inputs.real_rows(out.encoded.projected), view=inputs.real_of)
     measured.add("train.encoder_out", inputs.real_rows(seen["head"].float()), "logits", view=inputs.real_of_time_first)
     measured.add("train.log_probs", inputs.real_rows(out.log_probs), "logits", view=inputs.real_of_time_first)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +72,47 @@ class Draws:
         return rows.detach().cpu().unflatten(0, (self.batch, self.masked))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A recorded step, and the model beside it; ``seen`` holds what its modules got and gave last."""
+
+    recording: Recording
+    model: Wav2Vec2Pretraining
+    setup: Setup
+    inputs: Inputs
+    draws: Draws
+    measured: Measured
+    seen: dict[str, Any]
+
+    def forward(self, noise: Tensor | None) -> PretrainingOutput:
+        """The model on the recorded batch, masks and negatives, in the mode that it is in."""
+        with self.setup.autocast():
+            return self.model(
+                self.inputs.waveforms,
+                self.inputs.lengths,
+                rng=randomness(),
+                update=self.recording.number("num_updates"),
+                time_mask=self.draws.mask,
+                negatives=self.draws.negatives,
+                gumbel_noise=noise,
+            )
+
+    @property
+    def logits(self) -> Tensor:
+        """The quantizer's last logits (S, groups, codes), on the host."""
+        return self.seen["logits"].detach().cpu().view_as(self.draws.noise)
+
+    def pinned(self, noise: Tensor, codes: str) -> Tensor:
+        """The noise, raised just enough that each frame's recorded code still wins.
+
+        A code is a choice: where two are nearly as good, another number format takes the other one, and everything
+        behind it is of another code. So the choices are held, and what is left is the rounding.
+        """
+        with torch.no_grad():
+            self.forward(self.setup.put(noise))
+        return _raised(self.logits, noise, self.recording.tensor(codes).flatten(0, 1))
+
+
 def compare_pretraining(recording: Recording, model: Wav2Vec2Pretraining, setup: Setup) -> Measured:
     """Everything that the model says about a recorded step."""
     measured = Measured()
@@ -85,26 +128,24 @@ def compare_pretraining(recording: Recording, model: Wav2Vec2Pretraining, setup:
         targets="target_projection",
         predictions="final_projection",
     )
-    _encode(recording, model, setup, inputs, draws, measured, seen)
-    _train(recording, model, setup, inputs, draws, measured, seen)
-    _evaluate(recording, model, setup, inputs, draws, measured, seen)
+    step = Step(recording, model, setup, inputs, draws, measured, seen)
+    _encode(step)
+    _train(step)
+    _evaluate(step)
     return measured
 
 
-def _train(recording, model, setup, inputs, draws, measured, seen) -> None:
+def _train(step: Step) -> None:
     """The training step itself, as a Brain makes it, and its gradients."""
+    model, setup, draws, measured, seen = step.model, step.setup, step.draws, step.measured, step.seen
     model.train()
-    noise = draws.noise
-    if setup.precision != "fp32":
-        noise = _pinned(recording, model, setup, inputs, draws, seen)
-    out = _forward(recording, model, setup, inputs, draws, setup.put(noise))
+    noise = draws.noise if setup.precision == "fp32" else step.pinned(draws.noise, "mid.quant_codes")
+    out = step.forward(setup.put(noise))
     model.zero_grad(set_to_none=True)
     out.loss_sum.backward()
-    targets = draws.grid(seen["targets"])
+    targets, logits = draws.grid(seen["targets"]), step.logits
     measured.add("mid.target_in", draws.grid(seen["quantizer_in"]))
-    # (S, G * V) -> (S * G, V)
-    logits = seen["logits"].detach().cpu().unflatten(-1, (model.quantizer.num_groups, -1)).flatten(0, 1)
-    measured.add("mid.quant_logits", logits)
+    measured.add("mid.quant_logits", logits.flatten(0, 1))
     measured.add("mid.quant_codes", draws.grid(out.codes), EQUAL)
     measured.add("mid.quantized", draws.grid(seen["quantizer"].vectors))
     measured.add("mid.projected_targets", targets)
@@ -114,38 +155,12 @@ def _train(recording, model, setup, inputs, draws, measured, seen) -> None:
     # the originals' rows run over time first, then over utterances
     measured.add("out.logits_flat", draws.grid(out.logits).transpose(0, 1).flatten(0, 1), "logits")
     measured.add("out.total_loss", out.loss_sum, "loss")
-    _say_scalars(measured, model, setup, out, draws, inputs)
-    noisy = (logits + draws.noise.flatten(0, 1)).topk(2, dim=-1).values
-    margin = (noisy[:, 0] - noisy[:, 1]).min() / out.temperature
+    _say_scalars(step, out)
+    first, second = (logits + draws.noise).topk(2, dim=-1).values.unbind(-1)
     # a difference of logits, so as near as these are
     limit = BF16_LOGITS * float(logits.abs().max()) / out.temperature if setup.precision == "bf16" else None
-    measured.scalar("gumbel_argmax_margin", margin, "activations", limit=limit)
-    say_gradients(recording, measured, model, setup, "grad.", "grad_norms_all")
-
-
-def _forward(recording, model, setup, inputs, draws, noise) -> PretrainingOutput:
-    with setup.autocast():
-        return model(
-            inputs.waveforms,
-            inputs.lengths,
-            rng=randomness(),
-            update=recording.number("num_updates"),
-            time_mask=draws.mask,
-            negatives=draws.negatives,
-            gumbel_noise=noise,
-        )
-
-
-def _pinned(recording, model, setup, inputs, draws, seen) -> Tensor:
-    """The noise, raised just enough that each frame's recorded code still wins.
-
-    A code is a choice: where two are nearly as good, another number format takes the other one, and everything
-    behind it is of another code. So the choices are held, and what is left is the rounding.
-    """
-    with torch.no_grad():
-        _forward(recording, model, setup, inputs, draws, setup.put(draws.noise))
-    logits = seen["logits"].detach().cpu().view_as(draws.noise)
-    return _raised(logits, draws.noise, recording.tensor("mid.quant_codes").flatten(0, 1))
+    measured.scalar("gumbel_argmax_margin", (first - second).min() / out.temperature, "activations", limit=limit)
+    say_gradients(step.recording, measured, model, setup, "grad.", "grad_norms_all")
 
 
 def _raised(logits: Tensor, noise: Tensor, codes: Tensor) -> Tensor:
@@ -166,17 +181,11 @@ def _say_logits(measured: Measured, name: str, out: PretrainingOutput, draws: Dr
     measured.add(name, draws.grid(out.logits).permute(2, 0, 1), "logits")
 
 
-def _say_scalars(
-    measured: Measured,
-    model: Wav2Vec2Pretraining,
-    setup: Setup,
-    out: PretrainingOutput,
-    draws: Draws,
-    inputs: Inputs,
-) -> None:
+def _say_scalars(step: Step, out: PretrainingOutput) -> None:
+    model, measured = step.model, step.measured
     codes = model.quantizer.num_groups * model.quantizer.num_codes
     total, loss = out.num_masked, float(out.loss_sum.detach())
-    _say_counts(measured, "", out, draws, setup)
+    _say_counts(step, "", out)
     measured.values["float64_reference.total_loss"] = measured.values["scalars.total_loss"]
     measured.scalar("contrastive_sum", out.contrastive)
     measured.values["float64_reference.contrastive_sum"] = measured.values["scalars.contrastive_sum"]
@@ -194,62 +203,61 @@ def _say_scalars(
     measured.scalar("logged_loss_base2", loss / total / math.log(2))
     measured.scalar("num_vars", codes, EQUAL)
     measured.scalar("temperature", out.temperature, "schedule")
-    measured.scalar("frames", inputs.frames, EQUAL)
+    measured.scalar("frames", step.inputs.frames, EQUAL)
     for index, count in enumerate(out.encoded.masked.counts):
         measured.scalar(f"masked_frames_per_utterance.{index}", count, EQUAL)
     measured.scalar("masked_frames_per_utterance", out.encoded.masked.counts[0], EQUAL)
 
 
-def _say_counts(measured: Measured, prefix: str, out: PretrainingOutput, draws: Draws, setup: Setup) -> None:
+def _say_counts(step: Step, prefix: str, out: PretrainingOutput) -> None:
     """Loss, perplexities and counts, which training and evaluation share."""
-    total = out.num_masked
+    measured, total = step.measured, out.num_masked
     measured.scalar(prefix + "total_loss", out.loss_sum)
     measured.scalar(prefix + "sample_size", total, EQUAL)
     measured.scalar(prefix + "prob_perplexity", out.prob_perplexity.sum())
     measured.scalar(prefix + "code_perplexity", out.code_perplexity.sum())
     # Whether a guess is right is a choice as well; in bfloat16 a few near ones may fall the other way.
-    few = max(2, int(0.05 * total)) if setup.precision == "bf16" else None
+    few = max(2, int(0.05 * total)) if step.setup.precision == "bf16" else None
     measured.scalar(prefix + "correct", int(out.correct), EQUAL if few is None else "loss", limit=few)
     measured.scalar(prefix + "count", len(out.logits), EQUAL)
     measured.scalar(prefix + "accuracy", int(out.correct) / total, limit=None if few is None else few / total)
     measured.scalar(prefix + "negatives_equal_to_positive", int(out.logits.isinf().sum()), EQUAL)
-    chosen = draws.grid(out.codes)
-    same = (_gathered(chosen, draws) == chosen).all(-1)
+    chosen = step.draws.grid(out.codes)
+    same = (_gathered(chosen, step.draws) == chosen).all(-1)
     measured.scalar(prefix + "negatives_with_same_codes_as_positive", int(same.sum()), EQUAL)
 
 
-def _encode(recording, model, setup, inputs, draws, measured, seen) -> None:
+def _encode(step: Step) -> None:
     """The encoder with every frame's outputs of every layer: with the masks in training, and without any."""
-    encoder = model.encoder.train()
-    with torch.no_grad(), setup.autocast():
-        masked = encoder(inputs.waveforms, inputs.lengths, rng=randomness(), time_mask=draws.mask, layers=True)
-        positional = seen["positional"].float()
+    inputs, measured = step.inputs, step.measured
+    encoder = step.model.encoder.train()
+    with torch.no_grad(), step.setup.autocast():
+        masked = encoder(inputs.waveforms, inputs.lengths, rng=randomness(), time_mask=step.draws.mask, layers=True)
+        positional = step.seen["positional"].float()
         plain = encoder.eval()(inputs.waveforms, inputs.lengths, layers=True)
     real = inputs.real_rows
-    say_convolutions(recording, measured, encoder, inputs, setup)
+    say_convolutions(step.recording, measured, encoder, inputs, step.setup)
     measured.add("mid.frame_padding_mask", ~inputs.real, EQUAL)
     measured.add("mid.features_ln", masked.extractor_features)
-    measured.add("mid.post_proj", real(plain.projected), view=lambda theirs: theirs[inputs.real])
-    measured.add("mid.encoder_in", real(masked.projected), view=lambda theirs: theirs[inputs.real])
+    measured.add("mid.post_proj", real(plain.projected), view=inputs.real_of)
+    measured.add("mid.encoder_in", real(masked.projected), view=inputs.real_of)
     # (batch, dim, frames) -> (real frames, dim)
-    measured.add("mid.pos_conv_out", real(positional), view=lambda theirs: theirs.transpose(1, 2)[inputs.real])
+    measured.add("mid.pos_conv_out", real(positional), view=lambda theirs: inputs.real_of(theirs.transpose(1, 2)))
     layers_of(masked.layers, inputs, measured, "mid.layer", "mid.ffn")
-    measured.add("mid.context_masked", real(masked.features), view=lambda theirs: theirs[inputs.real])
-    measured.add("unmasked.context", real(plain.features), view=lambda theirs: theirs[inputs.real])
+    measured.add("mid.context_masked", real(masked.features), view=inputs.real_of)
+    measured.add("unmasked.context", real(plain.features), view=inputs.real_of)
     layers_of(plain.layers, inputs, measured, "unmasked.layer", "unmasked.ffn")
 
 
-def _evaluate(recording, model, setup, inputs, draws, measured, seen) -> None:
+def _evaluate(step: Step) -> None:
     """The same masks and negatives in evaluation mode: the likeliest codes, no noise."""
-    model.eval()
-    noise = None
+    step.model.eval()
     with torch.no_grad():
-        out = _forward(recording, model, setup, inputs, draws, noise)
-        if setup.precision != "fp32":
-            logits = seen["logits"].detach().cpu().view_as(draws.noise)
-            noise = _raised(logits, torch.zeros_like(logits), recording.tensor("eval.codes").flatten(0, 1))
-            out = _forward(recording, model, setup, inputs, draws, setup.put(noise))
-    measured.add("eval.codes", draws.grid(out.codes), EQUAL)
-    measured.add("eval.quantized", draws.grid(seen["quantizer"].vectors))
-    _say_logits(measured, "eval.logits", out, draws)
-    _say_counts(measured, "eval_mode.", out, draws, setup)
+        noise = None
+        if step.setup.precision != "fp32":
+            noise = step.setup.put(step.pinned(torch.zeros_like(step.draws.noise), "eval.codes"))
+        out = step.forward(noise)
+    step.measured.add("eval.codes", step.draws.grid(out.codes), EQUAL)
+    step.measured.add("eval.quantized", step.draws.grid(step.seen["quantizer"].vectors))
+    _say_logits(step.measured, "eval.logits", out, step.draws)
+    _say_counts(step, "eval_mode.", out)

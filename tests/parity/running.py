@@ -91,6 +91,10 @@ class Inputs:
         """(batch, frames, ...) -> (real frames, ...)."""
         return ours.detach().cpu()[self.real]
 
+    def real_of(self, theirs: Tensor) -> Tensor:
+        """(batch, frames, ...) of a recording -> (real frames, ...)."""
+        return theirs[self.real]
+
     def real_of_time_first(self, theirs: Tensor) -> Tensor:
         """(frames, batch, ...) -> (real frames, ...)."""
         return theirs.transpose(0, 1)[self.real]
