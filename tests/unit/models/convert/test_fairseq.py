@@ -60,9 +60,9 @@ def pretraining_contents():
     return contents | {"args": None, "cfg": json.loads(json.dumps(cfg))}
 
 
-def saved(contents, tmp_path, name="x.pt"):
-    torch.save(contents, tmp_path / name)
-    return tmp_path / name
+def saved(contents, tmp_path, zipped=True):
+    torch.save(contents, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    return tmp_path / "x.pt"
 
 
 def refused(path):
@@ -147,14 +147,15 @@ def as_omegaconf(value, classes, parent=None):
     return made
 
 
-def test_a_fine_tuned_model_with_omegaconfs_settings(tmp_path, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_fine_tuned_model_with_omegaconfs_settings(tmp_path, monkeypatch, zipped):
     """Nested settings as a DictConfig in a DictConfig, with a reference from one group to another."""
     contents = plain_contents()
     expected = read_pretrained(FOLDER / "w2v2_ctc_from_groupnorm" / "checkpoint.pt")
     contents["cfg"]["model"]["normalize"] = "${task.normalize}"
     contents["cfg"]["model"]["w2v_args"]["task"]["normalize"] = "${task.normalize}"
     contents["cfg"] = as_omegaconf(contents["cfg"], omegaconf(monkeypatch))
-    path = saved(contents, tmp_path)
+    path = saved(contents, tmp_path, zipped)
     read = read_pretrained(path)
     assert read.config == replace(expected.config, tokens=None) and equal(read.tensors, expected.tensors)
     assert read.info.notes == (
