@@ -78,6 +78,19 @@ def build(config):
     )
 
 
+def write(folder, meta, tensors, weights):
+    """The three files of a recording."""
+    folder.mkdir()
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    settings = {
+        "model": meta["model_config"],
+        "task": {"_name": "audio_pretraining", "normalize": False},
+        "criterion": {"_name": "wav2vec", "loss_weights": [0.1, 10.0]},
+    }
+    torch.save({"args": None, "cfg": settings, "model": weights}, folder / "checkpoint.pt")
+
+
 def make(folder, changes, lengths):
     """A recording of a random model: its inputs, its draws, a few results."""
     meta = json.loads((FIXTURES / "w2v2_pretrain_groupnorm" / "meta.json").read_text())
@@ -123,8 +136,8 @@ def make(folder, changes, lengths):
         "mid.features_ln": encoded.extractor_features,
     }
     tensors |= {f"mid.layer{i}": layer.transpose(0, 1) for i, (layer, _) in enumerate(encoded.layers)}
-    names = [name for name in export_tensors(table, gradients) if not name.endswith("k_proj.bias")]
-    tensors |= {"grad." + name: value for name, value in export_tensors(table, gradients).items() if name in names}
+    original = export_tensors(table, gradients)
+    tensors |= {"grad." + name: value for name, value in original.items() if not name.endswith("k_proj.bias")}
     if padding.any():
         tensors["in.padding_mask"] = padding
     tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
@@ -135,13 +148,8 @@ def make(folder, changes, lengths):
         | {"masked_frames_per_utterance": [masked] * batch, "code_perplexity": float(out.code_perplexity.sum())},
         "tensors": {name: {"shape": list(value.shape)} for name, value in tensors.items()},
     }
-    folder.mkdir()
-    save_file(tensors, folder / "tensors.safetensors")
-    (folder / "meta.json").write_text(json.dumps(meta))
     weights = export_tensors(table, {name: p.detach() for name, p in model.named_parameters()})
-    contents = {"args": None, "cfg": {"model": config, "task": {"_name": "audio_pretraining", "normalize": False},
-                "criterion": {"_name": "wav2vec", "loss_weights": [0.1, 10.0]}}, "model": weights}  # fmt: skip
-    torch.save(contents, folder / "checkpoint.pt")
+    write(folder, meta, tensors, weights)
     return len(tensors)
 
 
