@@ -116,6 +116,7 @@ class FairseqMasking:
         if not len(widths):
             return np.empty(0, dtype=np.int64)
         if not self.overlap:
+            assert isinstance(draws, np.random.RandomState)  # main_mask has refused
             found = _apart(length, widths, self.min_space, draws)
         else:
             room = int(widths.min())
@@ -130,6 +131,7 @@ class FairseqMasking:
         if self.lengths == "static":
             return np.full(spans, self.mask_length)
         if self.lengths == "uniform":
+            assert isinstance(draws, np.random.RandomState)  # main_mask has refused
             widths = draws.randint(int(self.other), self.mask_length * 2 + 1, size=spans)
         elif self.lengths == "normal":
             # Python's rounding of halves to even is NumPy's
