@@ -244,11 +244,7 @@ def _encoder_architecture(settings: Settings, model_type: str) -> dict[str, Any]
             "entries; each convolution needs one of each."
         )
     encoder["conv_layers"] = [list(layer) for layer in zip(*sizes, strict=True)]
-    if sizes[0][-1] == encoder["dim"]:
-        raise CheckpointError(
-            f"{settings.source}: the last entry of conv_dim and hidden_size are both {encoder['dim']}; the toolkit's "
-            "encoder has no projection then, as the original has none, and transformers' has one."
-        )
+    encoder["always_project"] = sizes[0][-1] == encoder["dim"]  # transformers always does
     if not settings.get("apply_spec_augment", True):
         encoder["mask_prob"] = encoder["mask_channel_prob"] = 0.0
     if model_type == WAV2VEC2:
@@ -257,9 +253,9 @@ def _encoder_architecture(settings: Settings, model_type: str) -> dict[str, Any]
         encoder["pos_kernel"], encoder["pos_depth"] = settings.get("num_conv_pos_embeddings", 128), 1
     else:
         encoder |= {"extractor_norm": "layer", "pre_norm": False} | _data2vec_positions(settings)
-    # The group norm of transformers' runs over the padding; each utterance keeps its own number of masked frames;
-    # nothing scales the gradient into the convolutions.
-    encoder["norm_over_padding"] = encoder["extractor_norm"] == "group"
+    # The group norm of transformers' runs over the padding, and so does data2vec's stack of convolutions; each
+    # utterance keeps its own number of masked frames; nothing scales the gradient into the convolutions.
+    encoder["norm_over_padding"] = encoder["extractor_norm"] == "group" or encoder["pos_depth"] > 1
     return encoder | {"equal_mask_counts": False, "feature_grad_mult": 1.0, "gradient_checkpointing": False}
 
 
@@ -349,7 +345,7 @@ def settings_of(kind: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
 def _check_expressible(encoder: Mapping[str, Any], model_type: str, kind: str) -> None:
     """Refuse an encoder that no class of transformers' computes."""
     what = None
-    if encoder["conv_layers"][-1][0] == encoder["dim"]:
+    if encoder["conv_layers"][-1][0] == encoder["dim"] and not encoder["always_project"]:
         what = "transformers' model has a projection where the toolkit's has none (features as wide as the transformer)"
     elif model_type == DATA2VEC_AUDIO and kind == "wav2vec2_pretraining":
         what = "transformers has no pretraining model with a stack of positional convolutions"
