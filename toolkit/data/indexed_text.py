@@ -242,8 +242,8 @@ def _checked_header(path: Path) -> tuple[np.dtype, int]:
         documents = int.from_bytes(head[HEADER.size :], "little")
         kind = "Megatron's format" if size == wanted + 8 + 8 * documents else "damaged"
         raise TokenError(
-            f"{path} is {kind}: it has {size:,} bytes, and {wanted:,} would hold its {items:,} items; give an index that "
-            "fairseq-preprocess or wikitext_prepare.py wrote."
+            f"{path} is {kind}: it has {size:,} bytes, and {wanted:,} would hold its {items:,} items; give an index "
+            "that fairseq-preprocess or wikitext_prepare.py wrote."
         )
     return np.dtype(TYPES[code]), int(items)
 

@@ -221,7 +221,7 @@ class BucketSampler:
             turn = turn[np.argsort(group_bucket[turn], kind="stable")]
             turn = turn[::-1] if self.order == "descending" else turn
         group_sizes = self.layout.group_sizes[group_bucket]
-        rows = np.concatenate([_reorder(grouped, group_sizes, turn), remainder])
+        rows = np.concatenate([reordered(grouped, group_sizes, turn), remainder])
         group_bucket = group_bucket[turn]
         final = _even_parts(len(remainder), self.final_batches)
         sizes = np.concatenate([np.repeat(self.batch_sizes[group_bucket], self.lockstep), final])
@@ -382,7 +382,7 @@ def _fill_groups(layout: BucketLayout, rng: np.random.Generator, *, crop: bool) 
     return np.concatenate(parts), carried
 
 
-def _reorder(rows: np.ndarray, sizes: np.ndarray, turn: np.ndarray) -> np.ndarray:
+def reordered(rows: np.ndarray, sizes: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """``rows``, made of consecutive pieces of ``sizes``, with the pieces in the order ``turn``."""
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
     sizes, starts = sizes[turn], starts[turn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def fairseq_batches(
     if lengths:
         cuts += [end] if end == len(lengths) else [end, len(lengths)]
     order = [int(item) for item in order]
-    batches = [order[first:last] for first, last in zip(cuts[:-1], cuts[1:], strict=True) if first < last]
+    batches = [order[first:last] for first, last in pairwise(cuts) if first < last]
     return batches[:-1] if multiple > 1 and batches and len(batches[-1]) % multiple else batches
 
 
