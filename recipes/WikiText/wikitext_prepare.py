@@ -88,11 +88,16 @@ def prepare_text(
     key = digest([{part: stamp(path) for part, path in files.items()},
                   None if bpe is None else [file_digest(path) for path in bpe_files(bpe)],
                   None if dictionary is None else file_digest(Path(dictionary))])
+    make_folder(output)
     summary = read_summary(output / SUMMARY)
     if is_unchanged(output, summary, key):
         say(f"{output}: {', '.join(files)} are there and unchanged, reused")
         return output
-    make_room(output, summary)
+    if is_prepared(output) and "prepared" not in summary:
+        raise ConfigError(
+            f"the output folder {output} holds prepared text that this script did not write; use it as --data_folder, "
+            "empty it, or choose another."
+        )
     target = output / WORK_FOLDER
     shutil.rmtree(target, ignore_errors=True)  # a killed run's
     target.mkdir()
@@ -182,13 +187,8 @@ def check_arguments(files: Mapping[str, Path], bpe_folder: str | Path | None, wo
         raise ConfigError(f"num_workers is {num_workers!r}; take a whole number, 0 or more, or leave it out.")
 
 
-def make_room(output: Path, summary: Mapping[str, dict]) -> None:
-    """Make the folder; files in it that another program prepared are not written over."""
-    if is_prepared(output) and "prepared" not in summary:
-        raise ConfigError(
-            f"the output folder {output} holds prepared text that this script did not write; use it as "
-            "--data_folder, empty it, or choose another."
-        )
+def make_folder(output: Path) -> None:
+    """The folder for what is written, made where it is missing."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

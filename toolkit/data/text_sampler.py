@@ -26,18 +26,21 @@ STEP = 32
 """Batches are padded to lengths about 1 / STEP apart, one token at least: some 100 shapes up to 512 tokens."""
 
 
-MIXED = 0.06
+MIXED = 0.04
 """Padding in a batch, by the lengths that are padded to, from which on it is cut short."""
+
+FAR = 0.1
+"""Share by which an update may miss the effective batch before the number of its micro-batches is corrected."""
 
 
 class TokenSampler:
     """Batches of blocks of like length under a budget in tokens, in a new order in each epoch.
 
     Blocks are sorted by length, like ones in random order, and cut into batches whose padded size fits the budget.
-    ``G`` micro-batches make an update, the multiple of the world size nearest to ``effective_batch`` by what batches
-    hold, in groups of ``L`` neighbours, so that the ranks have equal work at each step and the plan is the same for
-    every world size that divides ``L``. Groups come in random order; what fills no whole group makes a smaller one at
-    the end. Nothing is dropped and nothing comes twice.
+    ``G`` micro-batches make an update, the multiple of the world size nearest to ``effective_batch / batch_tokens``
+    (corrected where batches hold much less than their budget), in groups of ``L`` neighbours, so that the ranks have
+    like work at each step and the plan is the same for every world size that divides ``L``. Groups come in random
+    order; what fills no whole group makes a smaller one at the end. Nothing is dropped and nothing comes twice.
 
     Arguments
     ---------
@@ -79,9 +82,12 @@ class TokenSampler:
         edges = _edges(int(self.durations.max()))
         self._class = np.searchsorted(edges, self.durations).astype(np.int16)
         self._offsets, self._samples = _cut(edges[np.sort(self._class)[::-1]], budget, max_batch_size)
-        held = float((np.diff(self._offsets) * self._samples).mean())
-        self.micros_per_update = micros_per_update(held, effective_batch, self.world_size)
+        self.micros_per_update = micros_per_update(budget, effective_batch, self.world_size)
         self.lockstep = lockstep_of(self.micros_per_update, self.world_size, None)
+        held = self.epoch_tokens / len(self._samples)
+        if effective_batch is not None and abs(self.micros_per_update * held - effective_batch) > FAR * effective_batch:
+            # A multiple of the lock-step, so that the plan is still the same for all its world sizes.
+            self.micros_per_update = max(1, round(effective_batch / (held * self.lockstep))) * self.lockstep
 
     @property
     def accumulation(self) -> int:
@@ -269,7 +275,7 @@ def _edges(longest: int) -> np.ndarray:
 def _cut(padded: np.ndarray, budget: float, max_batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of batches in a list of descending padded lengths, and the length of each batch.
 
-    A batch also ends where it would mix too different lengths, once it holds a quarter of the budget.
+    A batch also ends where it would mix too different lengths, once it holds an eighth of the budget.
     """
     bounds = np.concatenate([[0], np.cumsum(padded)])
     offsets, lengths = [0], []
@@ -279,7 +285,7 @@ def _cut(padded: np.ndarray, budget: float, max_batch_size: int | None) -> tuple
         most = min(most, len(padded) - offsets[-1], most if max_batch_size is None else max_batch_size)
         held = bounds[offsets[-1] + 1 : offsets[-1] + most + 1] - bounds[offsets[-1]]
         even = int(np.searchsorted(1 - held / (np.arange(1, most + 1) * lengths[-1]), MIXED, side="right"))
-        offsets.append(offsets[-1] + min(most, max(even, -(-most // 4))))
+        offsets.append(offsets[-1] + min(most, max(even, -(-most // 8))))
     return np.array(offsets, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
 
