@@ -211,9 +211,9 @@ def test_the_report():
     assert sampler.report() == (
         "6 blocks, 1,909 tokens, in 3 batches of 1 to 3 blocks, padded to 2 lengths from 131 to 512; 2 updates an "
         "epoch\npadding: 1.0 % of what the model sees\nan update: 2 micro-batches, about 1,286 tokens; 1 rank, 2 "
-        "accumulated on each\nwarning: an update holds 1,286 tokens, where effective_batch is 1,024: each rank takes one "
-        "micro-batch of whole blocks at least, and there is no more than an epoch's text; choose effective_batch and "
-        "batch_tokens by the number above."
+        "accumulated on each\nwarning: an update holds 1,286 tokens, where effective_batch is 1,024: each rank takes "
+        "one micro-batch of whole blocks at least, and there is no more than an epoch's text; choose effective_batch "
+        "and batch_tokens by the number above."
     )
 
 
