@@ -97,7 +97,8 @@ def describe_out_of_memory(error: BaseException) -> str:
     first = re.split(r"\.\s+(?=GPU |Of the |Error code|If )", first)[0].rstrip(".")
     return (
         f"memory ran out ({first or type(error).__name__}); lower batch_seconds or batch_tokens "
-        "(effective_batch may stay), set gradient_checkpointing to True where the YAML has it, or end what else uses the memory."
+        "(effective_batch may stay), set gradient_checkpointing to True where the YAML has it, or end what else uses "
+        "the memory."
     )
 
 

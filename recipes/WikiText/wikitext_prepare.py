@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,7 @@ def is_own(source: Path, output: Path) -> bool:
 def find_texts(source: Path, say: Callable[[str], object]) -> dict[str, Path]:
     """Part to text file, in the order of `PARTS`."""
     if source.is_file():
-        named = [part for part in PARTS if part in source.name.lower()]
+        named = [part for part in PARTS if is_named(source, part)]
         if len(named) > 1:
             raise ManifestError(f"{source} has {' and '.join(named)} in its name; rename it.")
         files = {named[0] if named else "train": source}
@@ -152,7 +153,7 @@ def find_part(folder: Path, part: str, say: Callable[[str], object]) -> Path | N
     """The text of one part; the best kind where there are several."""
     found = sorted(
         path for path in folder.iterdir()
-        if path.is_file() and part in path.name.lower() and path.suffix.lower() in SUFFIXES
+        if path.is_file() and is_named(path, part) and path.suffix.lower() in SUFFIXES
     )
     for end in SUFFIXES:
         fitting = [path for path in found if path.suffix.lower() == end]
@@ -166,6 +167,11 @@ def find_part(folder: Path, part: str, say: Callable[[str], object]) -> Path | N
                 say(f"{part}: {fitting[0].name} (not {', '.join(others)})")
             return fitting[0]
     return None
+
+
+def is_named(path: Path, part: str) -> bool:
+    """Whether a file's name speaks of a part: "my_test.txt" and "validation.raw" do, "latest.txt" does not."""
+    return not path.name.startswith(".") and re.search(f"(?<![a-z]){part}", path.name.lower()) is not None
 
 
 def check_arguments(files: Mapping[str, Path], bpe_folder: str | Path | None, words: bool,

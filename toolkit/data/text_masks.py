@@ -31,9 +31,9 @@ class TextMasking:
     Example
     -------
     >>> masking = TextMasking(mask_id=9, vocab_size=10)
-    >>> source, chosen = masking(np.arange(4, 8), np.random.default_rng(2))
-    >>> source.tolist(), chosen.tolist()
-    ([9, 9, 9, 9], [True, True, True, True])
+    >>> source, chosen = masking(np.array([0, 4, 5, 6, 7, 8, 4, 5, 6, 2]), fairseq_generator(1, 1, 5))
+    >>> source.tolist(), int(chosen.sum())
+    ([0, 4, 5, 6, 9, 9, 9, 9, 6, 2], 4)
     """
 
     def __init__(

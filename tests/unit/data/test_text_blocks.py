@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.data.indexed_text import IndexedText
+from toolkit.data.text import collate_text
 from toolkit.data.text_blocks import Blocks, locate, make_blocks
 from toolkit.data.text_dictionary import TextDictionary
 from toolkit.data.text_masks import TextMasking, fairseq_generator, fairseq_seed
@@ -195,6 +196,9 @@ def test_masks_are_fairseqs_token_for_token(number):
     config = case["cfg"]
     blocks = block_tokens(IndexedText(TEXT / case["data"] / case["split"]), config)
     assert len(blocks) == case["n_blocks"]
+    shape = case["collated_first3"].get("src_tokens") or case["collated_first3"]["source"]
+    batch = collate_text([{"id": "", "tokens": blocks[sample["index"]]} for sample in case["samples"][: shape[0]]])
+    assert list(batch.tokens.shape) == shape and int(batch.lengths.sum()) == case["collated_first3_ntokens"]
     masking = masking_of(config, dictionary)
     for sample in case["samples"]:
         tokens = blocks[sample["index"]]

@@ -144,6 +144,8 @@ def test_wikitexts_names_and_the_better_of_two_kinds(texts: Path, tmp_path: Path
         (texts / f"wiki.{part}.tokens").write_text("<unk>\n")
     (texts / "README.txt").write_text("no part\n")
     (texts / "train.zip").write_text("no text\n")
+    (texts / "latest.raw").write_text("no part\n")
+    (texts / "._wiki.train.raw").write_text("no part\n")
     folder, said = run(texts, tmp_path / "out")
     assert said[:3] == [f"{part}: wiki.{part}.raw (not wiki.{part}.tokens)" for part in ("train", "valid", "test")]
     assert is_as_by_fairseq(folder, TEXT / "bin_own")
