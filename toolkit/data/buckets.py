@@ -116,8 +116,7 @@ def choose_layout(
     most = 16 if num_buckets is None else num_buckets
     edge_sets = _best_edges(durations, most, crop, max_seconds, batch_seconds, unit)
     options = {"batch_seconds": batch_seconds, "lockstep": lockstep, "crop": crop, "max_batch_size": max_batch_size}
-    options["unit"] = unit
-    layouts = [lay_out(durations, edges, **options) for edges in edge_sets]
+    layouts = [lay_out(durations, edges, **options, unit=unit) for edges in edge_sets]
     if num_buckets is not None:
         return layouts[-1]
     total = float(durations.sum())

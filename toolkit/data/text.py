@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,16 @@ class TextBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
         """The batch with its tokens on ``device``; lengths stay on the host."""
         names = ("tokens", "source", "chosen")
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors(names)}
-        return replace(self, **moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), names)
 
     def pin_memory(self) -> TextBatch:
         """The batch with its tensors in page-locked memory, for copies that overlap with work."""
         names = ("tokens", "lengths", "source", "chosen")
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors(names)})
+        return self._mapped(lambda tensor: tensor.pin_memory(), names)
 
-    def _tensors(self, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-        return [(name, value) for name in names if (value := getattr(self, name)) is not None]
+    def _mapped(self, move: Callable[[Tensor], Tensor], names: Sequence[str]) -> TextBatch:
+        moved: dict[str, Any] = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 class TextBlocks:
@@ -196,7 +196,7 @@ def open_text(folder: str | Path, parts: Sequence[str]) -> tuple[TextDictionary,
 
 def _padded(rows: Sequence[np.ndarray], length: int, fill: int, dtype: type) -> Tensor:
     """(rows, length) filled up with ``fill``."""
-    padded = np.full((len(rows), length), fill, dtype=dtype)
+    padded: np.ndarray = np.full((len(rows), length), fill, dtype=dtype)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return torch.from_numpy(padded)

@@ -137,17 +137,19 @@ def encode_chunk(chunk: Chunk) -> Encoded:
         lines = read_text_lines(stream.read(chunk.end - chunk.start), chunk.path, chunk.start)
     words: tuple[str, ...] | None = None
     if chunk.bpe_folder is not None:
-        rows: Sequence[Sequence[int | str]] = _bpe(chunk.bpe_folder).encode_lines([line.strip() for line in lines])
-        ids = np.fromiter(chain.from_iterable(rows), dtype=np.uint16)
+        numbers = _bpe(chunk.bpe_folder).encode_lines([line.strip() for line in lines])
+        sizes = [len(row) for row in numbers]
+        ids: np.ndarray = np.fromiter(chain.from_iterable(numbers), dtype=np.uint16)
         counts = np.bincount(ids, minlength=NUM_PIECES)
     else:
         rows = [line.split() for line in lines]
+        sizes = [len(row) for row in rows]
         table = Counter(chain.from_iterable(rows))
         words, counts = tuple(table), np.fromiter(table.values(), dtype=np.int64)
         place = {word: number for number, word in enumerate(words)}
         ids = np.fromiter((place[word] for word in chain.from_iterable(rows)), dtype=np.uint32)
     np.save(f"{chunk.target}.ids.npy", ids)
-    np.save(f"{chunk.target}.sizes.npy", np.fromiter(map(len, rows), dtype=np.int32, count=len(rows)))
+    np.save(f"{chunk.target}.sizes.npy", np.array(sizes, dtype=np.int32))
     return Encoded(chunk, counts, words)
 
 
@@ -222,8 +224,9 @@ def _write_part(prefix: Path, pieces: Sequence[Encoded], dictionary: TextDiction
             mapped[~is_end] = table[ids]
             writer.add(mapped, sizes + 1)
             lines, empty, tokens = lines + len(sizes), empty + int((sizes == 0).sum()), tokens + len(mapped)
-            literal = piece.counts[piece.words.index(LITERAL_UNKNOWN)] if LITERAL_UNKNOWN in (piece.words or ()) else 0
-            unknown += int((mapped == UNKNOWN).sum()) - int(literal)
+            unknown += int((mapped == UNKNOWN).sum())
+            if piece.words is not None and LITERAL_UNKNOWN in piece.words:
+                unknown -= int(piece.counts[piece.words.index(LITERAL_UNKNOWN)])
             for file in files:
                 file.unlink()
     return PartReport(lines, empty, tokens, unknown)

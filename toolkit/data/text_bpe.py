@@ -93,6 +93,8 @@ class Gpt2Tokenizer:
     dictionary : decimal numbers to ids.
     """
 
+    blank_id = 0  # <s>, in whose place a CTC model on these tokens would have its blank
+
     def __init__(self, bpe: Gpt2Bpe, dictionary: TextDictionary) -> None:
         self.bpe, self.dictionary = bpe, dictionary
         self._ids = dictionary.lookup(str(number) for number in range(NUM_PIECES))
