@@ -36,7 +36,7 @@ setup(
         "safetensors>=0.5",
         "jiwer>=4.0",
         "tqdm>=4.60",
-        "tokenizers>=0.21",  # GPT-2 byte pairs, encode_batch_fast
+        "tokenizers>=0.21",
     ],
     extras_require={
         "demo": DEMO,

@@ -159,11 +159,6 @@ def _bpe(folder: str) -> Gpt2Bpe:
     return Gpt2Bpe.from_folder(folder)
 
 
-def _one_thread() -> None:
-    """Processes share the cores already."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def _chunks(path: Path, target: Path, bpe_folder: Path | None, size: int) -> list[Chunk]:
     """The file in pieces of about ``size`` bytes that end behind a line feed."""
     total = path.stat().st_size
@@ -188,7 +183,7 @@ def _encoded(chunks: Sequence[Chunk], num_workers: int | None) -> Iterator[Encod
     # spawn: the caller may hold threads (torch), which fork would copy in a broken state
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context) as pool:
             yield from pool.map(encode_chunk, chunks)
     except BrokenProcessPool as error:
         raise TrainingError(

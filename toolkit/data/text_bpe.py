@@ -69,8 +69,9 @@ class Gpt2Bpe:
         return self._tokenizer.encode(text).ids
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        """The same for many texts at once."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(lines))]
+        """The same for many texts."""
+        # One by one: the library's batches start threads, which a process that is forked later must not have.
+        return [self.encode(line) for line in lines]
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of ``numbers``; bytes that are no UTF-8 become U+FFFD."""
