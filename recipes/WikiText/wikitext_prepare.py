@@ -105,9 +105,7 @@ def prepare_text(
     try:
         reports = binarize(files, target, bpe_folder=bpe, dictionary=given, num_workers=num_workers)
         names = [DICT_FILE, *(f"{part}.{end}" for part in files for end in ("bin", "idx"))]
-        write_json(output / SUMMARY, {"prepared": {}})  # until all files are in place, none of them counts
-        for name in names:
-            os.replace(target / name, output / name)
+        move_in(target, output, names, summary.get("prepared", {}).get("files"))
     finally:
         shutil.rmtree(target, ignore_errors=True)
     written = {name: stamp(output / name) for name in names}
@@ -203,6 +201,18 @@ def make_folder(output: Path) -> None:
         raise ConfigError(
             f"the output folder {output} cannot be made ({error.strerror}); choose another folder."
         ) from error
+
+
+def move_in(target: Path, output: Path, names: Sequence[str], former: object) -> None:
+    """Put the complete files in their place; parts of an earlier run, with another dictionary, go."""
+    former = [name for name in former if Path(name).name == name] if isinstance(former, dict) else []
+    # Until all files are in place none of them counts: there is no key.
+    write_json(output / SUMMARY, {"prepared": {"files": dict.fromkeys([*former, *names])}})
+    for name in former:
+        if name not in names:
+            (output / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(target / name, output / name)
 
 
 def bpe_files(folder: Path) -> list[Path]:

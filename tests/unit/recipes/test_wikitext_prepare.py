@@ -105,6 +105,16 @@ def test_what_changed_is_made_anew(texts: Path, tmp_path: Path, change: str) -> 
     assert is_as_by_fairseq(folder, TEXT / "bin_own") == (change != "text")
 
 
+def test_parts_of_an_earlier_run_do_not_stay_beside_another_dictionary(texts: Path, tmp_path: Path) -> None:
+    folder, _ = run(texts, tmp_path / "out")
+    (folder / "notes.txt").write_text("mine\n")
+    (texts / "train.raw").unlink()
+    run(texts, folder, dictionary=TEXT / "bin_word" / "dict.txt")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dict.txt", "notes.txt", "test.bin", "test.idx", "valid.bin", "valid.idx", "wikitext_prepare.json",
+    ]  # fmt: skip
+
+
 def test_a_failed_run_leaves_what_was_there(texts: Path, tmp_path: Path) -> None:
     folder, _ = run(texts, tmp_path / "out")
     (texts / "test.raw").write_bytes(b"\xff\xfe")
