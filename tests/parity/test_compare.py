@@ -76,6 +76,13 @@ def test_plain_forms_and_bfloat16(options, capsys):
     assert capsys.readouterr().out.count(" 0 outside, 0 not compared") == len(CASES)
 
 
+def test_compiled_forms():
+    """In a process of its own: compiling changes the model's classes for good. It needs a C compiler."""
+    code, text, errors = command(FIXTURES / "w2v2_pretrain_groupnorm", "--compile", "--only-outside")
+    assert code == 0, text + errors
+    assert ", compiled" in text and " 0 outside, 0 not compared" in text
+
+
 @pytest.mark.parametrize("kind", ["data2vec_audio", "data2vec_text"])
 def test_data2vec_opens_and_says_that_its_objective_is_missing(kind, capsys):
     assert main([str(FIXTURES / kind)]) == 1
