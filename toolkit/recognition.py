@@ -109,7 +109,7 @@ def make_recognizer(experiment: Experiment, train: Manifest, *, dictionary: Path
     From scratch, ``encoder_sizes`` gives the encoder. With ``pretrained`` (a ``model/`` folder, or a file or folder of
     another program, see :mod:`toolkit.models.convert`) that gives sizes, weights, sample rate and normalization, and
     only the head is fresh, and the last ``reset_layers`` layers. ``encoder_training`` (dropouts, masks, ...) counts
-    either way. With ``test_only`` it is that of `trained_recognizer`, if there is one.
+    either way.
 
     Arguments
     ---------
@@ -122,8 +122,6 @@ def make_recognizer(experiment: Experiment, train: Manifest, *, dictionary: Path
     ------
     CheckpointError, ModelError, TokenError : what is wrong with the folder, the sizes, the transcripts.
     """
-    if (trained := trained_recognizer(experiment)) is not None:
-        return trained
     hparams = experiment.hparams
     folder, sample_rate, normalize = hparams["pretrained"], hparams["sample_rate"], hparams["normalize"]
     contents = None if folder is None else norms_without_padding(read_pretrained(folder))

@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> None:
     """Read, train, evaluate, write model/ and summary.json."""
     with start(argv, script=__file__) as experiment:
         task = make_pretraining(experiment)
-        train, valid, test = read_parts(experiment.hparams, say=experiment.say, texts=False)
+        trains = not experiment.options.test_only
+        train, valid, test = read_parts(experiment.hparams, say=experiment.say, texts=False, trains=trains)
         pretrain(experiment, task, train=train, valid=valid, tests={"test": test} if test else {})
 
 

@@ -17,7 +17,7 @@ from toolkit.data.parts import read_parts
 from toolkit.data.tokens import Tokenizer
 from toolkit.errors import run_main
 from toolkit.models.ctc import CTCOutput, ctc_loss
-from toolkit.recognition import compare, make_recognizer, transcribe
+from toolkit.recognition import compare, make_recognizer, trained_recognizer, transcribe
 from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.experiment import start
 
@@ -44,8 +44,10 @@ def main(argv: Sequence[str]) -> None:
     """Read, train, test, write model/, transcripts and summary.json."""
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
-        train, valid, test = read_parts(hparams, say=experiment.say, texts=True)
-        recognizer = make_recognizer(experiment, train)
+        recognizer = trained_recognizer(experiment)  # with test_only; it has its tokens
+        train, valid, test = read_parts(hparams, say=experiment.say, texts=True, trains=recognizer is None)
+        if recognizer is None:
+            recognizer = make_recognizer(experiment, train)
         train, valid, test = (part and recognizer.dataset(part) for part in (train, valid, test))
         batch_seconds = hparams["batch_seconds"]
         brain = experiment.brain(
@@ -57,17 +59,18 @@ def main(argv: Sequence[str]) -> None:
             sample_rate=recognizer.sample_rate,
         )
         brain.tokenizer = recognizer.tokenizer
-        brain.fit(
-            experiment.train_loader(
-                train,
-                batch_seconds=batch_seconds,
-                effective_batch=hparams["effective_batch"],
-                mode="pad",
-                num_buckets=hparams["num_buckets"],
-                sample_rate=recognizer.sample_rate,
-            ),
-            experiment.eval_loader(valid, batch_seconds=batch_seconds),
-        )
+        if train is not None:
+            brain.fit(
+                experiment.train_loader(
+                    train,
+                    batch_seconds=batch_seconds,
+                    effective_batch=hparams["effective_batch"],
+                    mode="pad",
+                    num_buckets=hparams["num_buckets"],
+                    sample_rate=recognizer.sample_rate,
+                ),
+                experiment.eval_loader(valid, batch_seconds=batch_seconds),
+            )
         experiment.finish(
             brain,
             tests={"test": experiment.eval_loader(test, batch_seconds=batch_seconds)} if test else {},

@@ -157,8 +157,9 @@ def plan_hparams(
     Raises
     ------
     ConfigError : with file, line and key: no such file, no YAML, a doubled key, an unknown key (with the nearest
-        name), a value of a wrong type, placeholders without a value (all of them, with their comments), a
-        reference to nothing or to itself, a class that does not exist, an argument that its constructor lacks.
+        name), a value of a wrong type, placeholders without a value (all of them, with their comments; with test_only
+        none named train_...), a reference to nothing or to itself, a class that does not exist, an argument that its
+        constructor lacks.
     """
     base, replaced = follow_presets(path, overrides)
     tree = read_tree(base)
@@ -166,6 +167,11 @@ def plan_hparams(
     replaced.update({name: value for name, value in (options or {}).items() if name in tree.root})
     _apply(tree, replaced)
     missing = placeholders(tree)
+    if plain(tree.root.get("test_only")) is True:  # an evaluation needs nothing of the training
+        for keys, _ in missing:
+            if str(keys[0]).startswith("train_"):
+                set_key(tree, dotted(keys), None)
+        missing = placeholders(tree)
     if missing:
         lines = [f"\n  --{dotted(keys)} VALUE    {words}".rstrip() for keys, words in missing]
         one = len(missing) == 1

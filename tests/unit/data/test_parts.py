@@ -14,7 +14,7 @@ def settings(folder, **changes):
     path = folder / "all.csv"
     write_manifest(path, ROWS)
     values = {"train_splits": [path], "valid_splits": [None], "test_splits": [None], "valid_share": 0.2, "seed": 1,
-              "data_folder": None, "min_duration": 2.0, "max_duration": 18.0}  # fmt: skip
+              "data_folder": None, "audio_folder": None, "min_duration": 2.0, "max_duration": 18.0}  # fmt: skip
     return values | changes
 
 
