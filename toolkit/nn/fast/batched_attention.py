@@ -66,10 +66,13 @@ def plain_batched_attention(
 
 
 def _heads(qkv: Tensor, batch: int, num_heads: int) -> Tensor:
-    """(batch * frames, 3 * dim) -> (3, batch * heads, frames, channels of a head), a copy."""
+    """(batch * frames, 3 * dim) -> (3, batch * heads, frames, channels of a head), a copy.
+
+    A copy also of a single utterance, for which ``reshape`` would give a view: the queries are scaled in place.
+    """
     frames, size = len(qkv) // batch, qkv.shape[1] // 3 // num_heads
     x = qkv.view(batch, frames, 3, num_heads, size).permute(2, 0, 3, 1, 4)
-    return x.reshape(3, batch * num_heads, frames, size)
+    return x.clone(memory_format=torch.contiguous_format).view(3, batch * num_heads, frames, size)
 
 
 def _attend(

@@ -1,0 +1,136 @@
+"""Small arithmetic recorded from the original: schedules, temperature, frames, negatives, waveforms."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity.test_compare import FIXTURES
+from toolkit.data.audio import normalize_waveform
+from toolkit.data.batch import collate_speech
+from toolkit.models.encoder import Wav2Vec2Encoder
+from toolkit.nn.contrastive import sample_negatives
+from toolkit.nn.feature_extractor import FeatureExtractor
+from toolkit.nn.quantizer import GumbelQuantizer
+from toolkit.training.schedules import Cosine, Polynomial, TriStage
+
+RECORDED = json.loads((FIXTURES / "extras" / "arithmetic.json").read_text())
+
+
+def ours(schedule, settings):
+    """Our schedule by the original's settings, and the total number of updates."""
+    peak = settings["lr"][0]
+    if schedule == "polynomial_decay":
+        end = settings["end_learning_rate"] / peak
+        made = Polynomial(warmup=settings["warmup_updates"], power=settings["power"], end_factor=end)
+        return made, settings["total_num_update"]
+    if schedule == "cosine":
+        return Cosine(warmup=settings["warmup_updates"], end_factor=settings["min_lr"] / peak), settings["max_update"]
+    lengths = settings["phase_ratio"] or [settings[f"{stage}_steps"] for stage in ("warmup", "hold", "decay")]
+    made = TriStage(
+        warmup=lengths[0],
+        hold=lengths[1],
+        decay=lengths[2],
+        init_factor=settings["init_lr_scale"],
+        final_factor=settings["final_lr_scale"],
+    )
+    return made, settings["max_update"]
+
+
+@pytest.mark.parametrize("case", RECORDED["lr_schedules"], ids=lambda case: case["name"])
+def test_learning_rates(case):
+    settings, peak = case["settings"], case["settings"]["lr"][0]
+    name = case["name"].split()[0]
+    schedule, total = ours(name, settings)
+    compared = 0
+    for update, expected in case["lr_after_step_update"].items():
+        if name == "cosine" and int(update) >= total:
+            # Past its end the original begins a second, lower cosine; a run is over by then.
+            assert schedule(int(update), total) == settings["min_lr"]
+            continue
+        assert peak * schedule(int(update), total) == pytest.approx(expected, rel=1e-12, abs=1e-14 * peak), update
+        compared += 1
+    assert compared >= 20
+
+
+def test_the_quantizers_temperature():
+    recorded = RECORDED["gumbel_temperature"]
+    quantizer = GumbelQuantizer(input_dim=4, output_dim=4, num_codes=2, temperature=recorded["latent_temp"])
+    for update, expected in recorded["temperature_at_num_updates"].items():
+        assert quantizer.temperature_at(int(update)) == pytest.approx(expected, rel=1e-12), update
+
+
+def test_frame_counts():
+    extractor = FeatureExtractor(norm="layer")
+    encoder = Wav2Vec2Encoder(dim=16, num_layers=0, num_heads=1, ffn_dim=1, pos_kernel=2, pos_groups=1)
+    lengths = torch.tensor([int(samples) for samples in RECORDED["frame_counts"]])
+    expected = list(RECORDED["frame_counts"].values())
+    assert extractor.frame_lengths(lengths).tolist() == encoder.frame_lengths(lengths).tolist() == expected
+
+
+class Given:
+    """Randomness that gives the recorded integers, utterance by utterance."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def numpy(self, stream, utterance):
+        assert stream == "negatives"
+        self.utterance = utterance
+        return self
+
+    def integers(self, low, high, size):
+        drawn = np.array(self.rows[self.utterance])
+        assert low <= drawn.min() and drawn.max() < high and drawn.size == size[0] * size[1]
+        return drawn.reshape(size)
+
+
+OWN = [
+    case
+    for case in RECORDED["negative_sampling"]["cases"]
+    if not case["cross_sample_negatives"] and case["num"] == case["rows_per_sample"]
+]
+
+
+def test_negatives_of_the_same_utterance():
+    """The cases of other utterances' negatives, and of negatives from everywhere, are options that this model lacks."""
+    assert len(OWN) == 1 and len(RECORDED["negative_sampling"]["cases"]) == 4
+    case = OWN[0]
+    (draws,) = case["draws_in_order"]
+    count, batch = case["num"], case["batch"]
+    assert draws["high_exclusive"] == count - 1
+    negatives = sample_negatives([count] * batch, case["n_negatives"], Given(draws["values"]))
+    everywhere = negatives.reshape(batch, -1) + count * np.arange(batch)[:, None]
+    assert everywhere.tolist() == case["neg_idxs"]
+    # as the logits take them: [negative][batch][position] -> row
+    gathered = everywhere.reshape(batch, count, -1).transpose(2, 0, 1)
+    assert gathered.tolist() == case["gathered_first_feature"]
+
+
+def test_normalized_waveforms():
+    recorded = RECORDED["waveforms"]["normalize"]
+    mono = np.array(recorded["input"], dtype=np.float32)
+    np.testing.assert_allclose(normalize_waveform(mono), recorded["output"], rtol=0, atol=2e-6)
+    stereo = np.array(recorded["stereo_input"], dtype=np.float32).mean(axis=1, dtype=np.float32)
+    np.testing.assert_allclose(normalize_waveform(stereo), recorded["stereo_output"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_cropped_and_padded_waveforms(pad):
+    """Crops begin where the original's generator says; behind a short utterance there are zeros and a mask."""
+    (case,) = (case for case in RECORDED["waveforms"]["collated"] if case["pad"] == pad)
+    inputs = [np.array(values, dtype=np.float32) for values in RECORDED["waveforms"]["inputs"]]
+    most = RECORDED["waveforms"]["max_sample_size"]
+    longest = min(max(map(len, inputs)), most) if pad else min(min(map(len, inputs)), most)
+    state = np.random.RandomState(case["numpy_seed"])
+    items = []
+    for number, waveform in enumerate(inputs):
+        if len(waveform) > longest:
+            start = state.randint(0, len(waveform) - longest + 1)
+            waveform = waveform[start : start + longest]
+        items.append({"id": str(number), "waveform": waveform})
+    batch = collate_speech(items)
+    torch.testing.assert_close(batch.waveforms, torch.tensor(case["source"]), rtol=0, atol=0)
+    padding = torch.arange(longest) >= batch.lengths[:, None]
+    assert padding.tolist() == (case["padding_mask"] or [[False] * longest] * len(inputs))
