@@ -57,7 +57,8 @@ def convert_model(arguments: argparse.Namespace) -> int:
     converted = read_pretrained(arguments.source)
     print("\n".join(_describe_converted(Path(arguments.source), converted)))
     build_converted(converted, arguments.source, arguments.allow_missing, arguments.allow_unexpected)
-    write_pretrained(converted, arguments.target, to=arguments.to)
+    left_out = write_pretrained(converted, arguments.target, to=arguments.to)
+    print("\n".join(left_out), end="\n" if left_out else "")
     print(f"written: {arguments.target} ({arguments.to})")
     return 0
 

@@ -10,7 +10,7 @@ from toolkit.nn.fast.common import set_fast
 @pytest.mark.parametrize("fast", [True, False])
 def test_audio(fast):
     _, tensors = recorded("data2vec_audio")
-    encoder = set_fast(original("data2vec_audio"), fast)
+    encoder = set_fast(original("data2vec_audio").encoder, fast)
     assert encoder.config["always_project"]  # its features have the transformer's width already
     with torch.no_grad():
         out = encoder(tensors["in.source"], tensors["in.lengths"], time_mask=tensors["rand.mask_indices"], layers=True)
@@ -28,7 +28,7 @@ def test_audio(fast):
 
 def test_text():
     _, tensors = recorded("data2vec_text")
-    encoder = original("data2vec_text")
+    encoder = original("data2vec_text").encoder
     tokens = tensors["in.src_tokens"]
     with torch.no_grad():
         out = encoder(tokens, layers=True)

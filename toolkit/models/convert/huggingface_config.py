@@ -245,10 +245,7 @@ def _encoder_architecture(settings: Settings, model_type: str) -> dict[str, Any]
         )
     encoder["conv_layers"] = [list(layer) for layer in zip(*sizes, strict=True)]
     if sizes[0][-1] == encoder["dim"]:
-        raise CheckpointError(
-            f"{settings.source}: the last entry of conv_dim and hidden_size are both {encoder['dim']}; the toolkit's "
-            "encoder has no projection then, as the original has none, and transformers' has one."
-        )
+        encoder["always_project"] = True  # where the originals' wav2vec 2.0 has no projection
     if not settings.get("apply_spec_augment", True):
         encoder["mask_prob"] = encoder["mask_channel_prob"] = 0.0
     if model_type == WAV2VEC2:
@@ -349,7 +346,7 @@ def settings_of(kind: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
 def _check_expressible(encoder: Mapping[str, Any], model_type: str, kind: str) -> None:
     """Refuse an encoder that no class of transformers' computes."""
     what = None
-    if encoder["conv_layers"][-1][0] == encoder["dim"]:
+    if encoder["conv_layers"][-1][0] == encoder["dim"] and not encoder["always_project"]:
         what = "transformers' model has a projection where the toolkit's has none (features as wide as the transformer)"
     elif model_type == DATA2VEC_AUDIO and kind == "wav2vec2_pretraining":
         what = "transformers has no pretraining model with a stack of positional convolutions"
