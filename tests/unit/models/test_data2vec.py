@@ -39,7 +39,8 @@ def audio(encoder_changes=None, **changes):
 
 def text(encoder_changes=None, **changes):
     torch.manual_seed(6)
-    return stirred(Data2VecText(TextEncoder(**TEXT | (encoder_changes or {})), mask_id=MASK, **{"top_layers": 2} | changes))
+    inner = TextEncoder(**TEXT | (encoder_changes or {}))
+    return stirred(Data2VecText(inner, mask_id=MASK, **{"top_layers": 2} | changes))
 
 
 def run_audio(model, rng=RNG, **options):
@@ -176,7 +177,8 @@ def test_bfloat16_is_near_and_targets_stay_float32(make, run):
     expected = run(model)
     with torch.autocast("cpu", torch.bfloat16):
         out = run(model)
-    assert {x.dtype for x in (out.targets, out.predictions, out.loss_sum, *model.teacher.parameters())} == {torch.float32}
+    tensors = (out.targets, out.predictions, out.loss_sum, *model.teacher.parameters())
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert not torch.equal(out.targets, expected.targets)  # else nothing was in bfloat16
     for ours, theirs in ((out.targets, expected.targets), (out.predictions.detach(), expected.predictions.detach())):
         assert float((ours - theirs).abs().max()) < 5e-2 * float(theirs.abs().max())

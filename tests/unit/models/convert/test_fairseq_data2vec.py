@@ -171,8 +171,8 @@ OURS = {
     "audio, other choices": (
         "data2vec_audio",
         lambda: audio(
-            encoder={"norm_over_padding": True, "min_masks": 3, "dim": 16, "always_project": True}, ema_timing="fairseq",
-            layer_norms=["instance", "layer"], target_norms=["layer", "instance"], loss_beta=0.5, loss_scale=3.0,
+            encoder={"norm_over_padding": True, "min_masks": 3, "dim": 16, "always_project": True},
+            ema_timing="fairseq", layer_norms=["instance", "layer"], target_norms=["layer", "instance"], loss_beta=0.5, loss_scale=3.0,
             ema_layers_only=False, ema_decay=[0.5, 0.75, 4],
         ),
     ),
