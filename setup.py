@@ -14,7 +14,6 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "toolkit" / "__init__.py"
 README = ROOT / "README.md"
 
 DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.8"]
-TEXT = ["tokenizers>=0.21"]
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -37,9 +36,9 @@ setup(
         "safetensors>=0.5",
         "jiwer>=4.0",
         "tqdm>=4.60",
+        "tokenizers>=0.21",
     ],
     extras_require={
-        "text": TEXT,
         "demo": DEMO,
         "tensorboard": TENSORBOARD,
         "peers": ["transformers>=4.57"],
@@ -53,7 +52,6 @@ setup(
             "ruff>=0.12",
             "mypy>=1.15",
             "pre-commit>=4",
-            *TEXT,
             *TENSORBOARD,
             *DEMO,
         ],

@@ -17,7 +17,7 @@ from toolkit.data import manifest_command
 from toolkit.data.manifest import read_manifest
 from toolkit.errors import CheckpointError, ConfigError, run_main
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference
-from toolkit.models.convert.load import build_converted
+from toolkit.models.convert.load import accepted, build_converted
 from toolkit.models.convert.read import KNOWN, read_pretrained
 from toolkit.models.convert.speechbrain import is_speechbrain
 from toolkit.models.convert.write import WRITERS, write_pretrained
@@ -56,7 +56,8 @@ def convert_model(arguments: argparse.Namespace) -> int:
     """Read a model of any known kind and write it in another form."""
     converted = read_pretrained(arguments.source)
     print("\n".join(_describe_converted(Path(arguments.source), converted)))
-    build_converted(converted, arguments.source, arguments.allow_missing, arguments.allow_unexpected)
+    converted = accepted(converted, arguments.source, arguments.allow_missing, arguments.allow_unexpected)
+    build_converted(converted, arguments.source)  # so that shapes are checked too, and errors name the source
     left_out = write_pretrained(converted, arguments.target, to=arguments.to)
     print("\n".join(left_out), end="\n" if left_out else "")
     print(f"written: {arguments.target} ({arguments.to})")

@@ -25,7 +25,9 @@ FIRST = (
 )  # fmt: skip
 """The order in which readers look for curves; others follow by name."""
 
-BOOKKEEPING = {"update", "total_updates", "epoch", "elapsed_seconds", "audio_seconds", "stage", "micro_batches"}
+BOOKKEEPING = {
+    "update", "total_updates", "epoch", "elapsed_seconds", "audio_seconds", "text_tokens", "stage", "micro_batches",
+}  # fmt: skip
 """Keys of a row that are no curve."""
 
 SPREAD = ("grad_norm", "loss")

@@ -96,8 +96,9 @@ def describe_out_of_memory(error: BaseException) -> str:
     # torch goes on about the whole device, and about settings of its allocator.
     first = re.split(r"\.\s+(?=GPU |Of the |Error code|If )", first)[0].rstrip(".")
     return (
-        f"memory ran out ({first or type(error).__name__}); lower batch_seconds (effective_batch may stay), set "
-        "gradient_checkpointing to True where the YAML has it, or end what else uses the memory."
+        f"memory ran out ({first or type(error).__name__}); lower batch_seconds or batch_tokens "
+        "(effective_batch may stay), set gradient_checkpointing to True where the YAML has it, or end what else uses "
+        "the memory."
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import run_main
+from toolkit.training.brain import Brain
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -206,16 +207,14 @@ def _forked_main(script: Path, words: Sequence[str], stop: Stop | None, places: 
     os.environ.update(places)
     module = load_script(script)
     if stop is not None:
-        brain = next(kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == SCRIPT)
-        forward = brain.compute_forward
+        forward = Brain.fit_batch
 
-        def stopped(self: Any, batch: Any, stage: Any) -> Any:
-            is_there = self.rng is not None and (self.update, self.rng.keys[-1]) >= (stop.update, stop.micro)
-            if is_there and self.world.is_main:
+        def stopped(self: Brain, micro: Any) -> None:
+            if (self.update, micro.micro) >= (stop.update, stop.micro) and self.world.is_main:
                 os.kill(os.getpid(), stop.signal)
-            return forward(self, batch, stage)
+            forward(self, micro)
 
-        brain.compute_forward = stopped
+        Brain.fit_batch = stopped
     code = run_main(module.main, words)
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]  # none where it is not Linux
     print(f"threads of the process group left: {sorted(name for name in names if 'gloo' in name)}", flush=True)

@@ -581,16 +581,17 @@ FOREIGN_MODELS = {
     "absolute": (configured(tokens={"kind": "letters", "file": "/etc/hostname"}),
                  "{}/config.json: the tokens' file '/etc/hostname' is not a plain file name in the folder; give the "
                  "model/ folder of a run of this toolkit."),
-    "of transformers": (written("config.json", '{"model_type": "wav2vec2"}'),
-                        "{}/config.json: the format is None, expected 'toolkit-model-1'; give the model/ folder of a "
-                        "run of this toolkit."),
+    "of transformers": (written("config.json", '{"model_type": "bert"}'),
+                        "{}/config.json: the model type 'bert' is not among the models of this toolkit; it reads "
+                        "wav2vec2, data2vec-audio and data2vec-text: base models, Wav2Vec2ForPreTraining, and CTC "
+                        "heads."),
     "code as kind": (configured(kind="os.system"),
                      "{}/config.json: the kind is 'os.system', known are " + ", ".join(KINDS) + "; give the model/ "
                      "folder of a run of this toolkit."),
     "code as setting": (configured(architecture={"encoder": {"_target_": "os.system"}}),
-                        "{}: config.json has the setting '_target_' for the encoder, which this version cannot build."),
+                        "{}: there is the setting '_target_' for the encoder, which this version cannot build."),
     "no number": (configured(architecture={"encoder": {"conv_layers": "x"}}),
-                  "{}: the settings in config.json make no encoder (invalid literal for int() with base 10: 'x'); was "
+                  "{}: its settings make no encoder (invalid literal for int() with base 10: 'x'); was "
                   "the folder written by another program?"),
     "half a config": (written("config.json", '{"kind": '),
                       "{}/config.json: this is no whole JSON file (Expecting value: line 1 column 10 (char 9)); copy "

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from toolkit.data.audio import read_audio
 from toolkit.models.convert import load_pretrained
@@ -21,8 +22,6 @@ from toolkit.nn.fast.common import set_fast
 from toolkit.nn.masking import span_mask
 from toolkit.seeds import Randomness
 from toolkit.training.brain import Brain, Objective
-
-transformers = pytest.importorskip("transformers")
 
 SPEECH = sorted((Path(__file__).parents[1] / "fixtures" / "librispeech_tiny").rglob("*.flac"))
 UPDATES, UTTERANCES, SAMPLES, NEGATIVES = 30, 4, 16000, 10

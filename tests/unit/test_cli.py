@@ -161,8 +161,8 @@ def test_memory_that_ran_out_is_one_sentence(capsys):
     for words, error in found.items():
         assert run_main(raising(error), []) == 2
         assert capsys.readouterr().err == (
-            f"error: memory ran out ({words}); lower batch_seconds (effective_batch may stay), set "
-            "gradient_checkpointing to True where the YAML has it, or end what else uses the memory.\n"
+            f"error: memory ran out ({words}); lower batch_seconds or batch_tokens (effective_batch may "
+            "stay), set gradient_checkpointing to True where the YAML has it, or end what else uses the memory.\n"
         )
     with pytest.raises(MemoryError):
         np.empty(2**50)

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GRID = 100
-"""Edges stand on a grid of 1/100 second: 160 samples at 16 kHz."""
-
-SLACK = 0.005
-"""Seconds that a file may be longer or shorter than its manifest says without leaving its bucket's shape."""
+from toolkit.data.units import SECONDS, Unit
 
 MAX_CANDIDATES = 400
 """Quantiles of the durations among which edges are chosen."""
@@ -28,7 +24,7 @@ class BucketLayout:
 
     Arguments
     ---------
-    edges : (buckets,) float64 seconds, ascending.
+    edges : (buckets,) float64 seconds (or what else lengths are measured in), ascending.
     batch_sizes : (buckets,) int64 utterances in a batch of this bucket.
     bucket_of : (utterances,) int16, home bucket of each utterance.
     groups : (buckets,) int64, whole groups of ``lockstep`` batches.
@@ -76,12 +72,13 @@ def lay_out(
     lockstep: int,
     crop: bool,
     max_batch_size: int | None,
+    unit: Unit = SECONDS,
 ) -> BucketLayout:
     """Home buckets, batch sizes and the number of whole groups for given edges (seconds, ascending)."""
     batch_sizes = np.maximum(1, np.floor(batch_seconds / edges + 1e-9)).astype(np.int64)
     if max_batch_size is not None:
         batch_sizes = np.minimum(batch_sizes, max_batch_size)
-    bucket_of = _home_crop(edges, durations) if crop else _home_pad(edges, durations)
+    bucket_of = _home_crop(edges, durations, unit) if crop else _home_pad(edges, durations, unit)
     counts = np.bincount(bucket_of, minlength=len(edges))
     groups = np.zeros(len(edges), dtype=np.int64)
     carried, bucket = 0, 0
@@ -90,14 +87,14 @@ def lay_out(
     return BucketLayout(edges, batch_sizes, bucket_of.astype(np.int16), groups, carried, bucket, lockstep)
 
 
-def _home_pad(edges: np.ndarray, durations: np.ndarray) -> np.ndarray:
+def _home_pad(edges: np.ndarray, durations: np.ndarray, unit: Unit) -> np.ndarray:
     """Index of the smallest edge that holds each utterance."""
-    return np.searchsorted(edges, durations + SLACK - 1e-9, side="left")
+    return np.searchsorted(edges, durations + unit.slack - 1e-9, side="left")
 
 
-def _home_crop(edges: np.ndarray, durations: np.ndarray) -> np.ndarray:
+def _home_crop(edges: np.ndarray, durations: np.ndarray, unit: Unit) -> np.ndarray:
     """Index of the largest edge that each utterance fills."""
-    return np.maximum(np.searchsorted(edges, durations - SLACK + 1e-9, side="right") - 1, 0)
+    return np.maximum(np.searchsorted(edges, durations - unit.slack + 1e-9, side="right") - 1, 0)
 
 
 def choose_layout(
@@ -109,6 +106,7 @@ def choose_layout(
     num_buckets: int | None,
     max_seconds: float | None,
     max_batch_size: int | None,
+    unit: Unit = SECONDS,
 ) -> BucketLayout:
     """The layout that wastes least: least padding, or least audio lost by cropping.
 
@@ -116,9 +114,9 @@ def choose_layout(
     many buckets and few utterances, so every number up to 16 is laid out and counted.
     """
     most = 16 if num_buckets is None else num_buckets
-    edge_sets = _best_edges(durations, most, crop, max_seconds, batch_seconds)
+    edge_sets = _best_edges(durations, most, crop, max_seconds, batch_seconds, unit)
     options = {"batch_seconds": batch_seconds, "lockstep": lockstep, "crop": crop, "max_batch_size": max_batch_size}
-    layouts = [lay_out(durations, edges, **options) for edges in edge_sets]
+    layouts = [lay_out(durations, edges, **options, unit=unit) for edges in edge_sets]
     if num_buckets is not None:
         return layouts[-1]
     total = float(durations.sum())
@@ -131,15 +129,15 @@ def choose_layout(
 
 
 def _best_edges(
-    durations: np.ndarray, most: int, crop: bool, max_seconds: float | None, batch_seconds: float
+    durations: np.ndarray, most: int, crop: bool, max_seconds: float | None, batch_seconds: float, unit: Unit
 ) -> list[np.ndarray]:
     """For 1, 2, ... ``most`` buckets the edges (seconds) with the least waste, by dynamic programming.
 
     With padding, utterances in (c[i], c[j]] run at c[j]; with cropping, those in [c[j], c[i]) do: both are the same
     problem on a reversed axis.
     """
-    candidates = _candidates(durations, crop, max_seconds, batch_seconds)
-    home = _home_crop(candidates, durations) if crop else _home_pad(candidates, durations)
+    candidates = _candidates(durations, crop, max_seconds, batch_seconds, unit)
+    home = _home_crop(candidates, durations, unit) if crop else _home_pad(candidates, durations, unit)
     counts = np.bincount(home, minlength=len(candidates))
     unused = np.maximum(0, batch_seconds / np.maximum(1, np.floor(batch_seconds / candidates + 1e-9)) - candidates)
     values = (-candidates if crop else candidates) + FILL * unused
@@ -162,7 +160,9 @@ def _best_edges(
     return [np.sort(edges) for edges in edge_sets]
 
 
-def _candidates(durations: np.ndarray, crop: bool, max_seconds: float | None, batch_seconds: float) -> np.ndarray:
+def _candidates(
+    durations: np.ndarray, crop: bool, max_seconds: float | None, batch_seconds: float, unit: Unit
+) -> np.ndarray:
     """Edges to choose from, ascending: quantiles of the durations, and lengths that divide the budget."""
     quantiles = np.quantile(durations, np.linspace(0, 1, MAX_CANDIDATES), method="inverted_cdf")
     low, high = float(quantiles[0]), float(quantiles[-1])
@@ -170,13 +170,13 @@ def _candidates(durations: np.ndarray, crop: bool, max_seconds: float | None, ba
     parts = batch_seconds / np.arange(1, 200)
     parts = parts[(parts > low) & (parts < high)]
     if crop:
-        exact = np.concatenate([np.minimum(quantiles - SLACK, high), parts])
-        edges = np.floor(exact * GRID + 1e-6) / GRID
+        exact = np.concatenate([np.minimum(quantiles - unit.slack, high), parts])
+        edges = np.floor(exact * unit.grid + 1e-6) / unit.grid
         # Utterances of about one grid step keep their own length.
         exact = np.where(exact > 0, exact, low)
         return np.unique(np.where(edges > 0, edges, exact))
-    edges = np.ceil((quantiles + SLACK) * GRID - 1e-6) / GRID
-    parts = np.floor(parts * GRID + 1e-6) / GRID
+    edges = np.ceil((quantiles + unit.slack) * unit.grid - 1e-6) / unit.grid
+    parts = np.floor(parts * unit.grid + 1e-6) / unit.grid
     # The shortest edge stays where the shortest utterances are.
     return np.unique(np.concatenate([edges, parts[parts > edges[0]]]))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from toolkit.data.buckets import BucketLayout, choose_layout, walk
 from toolkit.data.plan import EpochPlan
+from toolkit.data.units import SECONDS, Unit
 from toolkit.errors import ConfigError, ManifestError
 from toolkit.seeds import Randomness
 
@@ -78,6 +79,7 @@ class BucketSampler:
     world_size : number of ranks.
     lockstep : L; None takes the largest divisor of G up to 8 that is a multiple of the world size.
     max_batch_size : utterances in one micro-batch at most; None = only the budget counts.
+    unit : what lengths and budgets are measured in; for tokens see :class:`~toolkit.data.text_sampler.TokenSampler`.
 
     Raises
     ------
@@ -110,6 +112,7 @@ class BucketSampler:
         world_size: int = 1,
         lockstep: int | None = None,
         max_batch_size: int | None = None,
+        unit: Unit = SECONDS,
     ) -> None:
         _check_choice("mode", mode, ("pad", "crop"))
         _check_choice("order", order, ("random", "ascending", "descending"))
@@ -133,6 +136,7 @@ class BucketSampler:
             num_buckets=None if num_buckets is None else int(num_buckets),
             max_seconds=max_seconds,
             max_batch_size=None if max_batch_size is None else int(max_batch_size),
+            unit=unit,
         )
         if self.effective_batch is not None:
             self.micros_per_update = self._corrected(self.effective_batch)
@@ -217,7 +221,7 @@ class BucketSampler:
             turn = turn[np.argsort(group_bucket[turn], kind="stable")]
             turn = turn[::-1] if self.order == "descending" else turn
         group_sizes = self.layout.group_sizes[group_bucket]
-        rows = np.concatenate([_reorder(grouped, group_sizes, turn), remainder])
+        rows = np.concatenate([reordered(grouped, group_sizes, turn), remainder])
         group_bucket = group_bucket[turn]
         final = _even_parts(len(remainder), self.final_batches)
         sizes = np.concatenate([np.repeat(self.batch_sizes[group_bucket], self.lockstep), final])
@@ -378,7 +382,7 @@ def _fill_groups(layout: BucketLayout, rng: np.random.Generator, *, crop: bool) 
     return np.concatenate(parts), carried
 
 
-def _reorder(rows: np.ndarray, sizes: np.ndarray, turn: np.ndarray) -> np.ndarray:
+def reordered(rows: np.ndarray, sizes: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """``rows``, made of consecutive pieces of ``sizes``, with the pieces in the order ``turn``."""
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
     sizes, starts = sizes[turn], starts[turn]

@@ -1,6 +1,6 @@
-"""From transcripts to token ids and back: letters (fairseq's dict.ltr.txt) and SentencePiece.
+"""From text to token ids and back: letters (fairseq's dict.ltr.txt), SentencePiece, and GPT-2's byte pairs.
 
-Id 0 is the CTC blank in both. A tokenizer is saved into a ``model/`` folder as a plain file and a few words
+Id 0 is the CTC blank in the first two. A tokenizer is saved into a ``model/`` folder as a plain file and a few words
 in ``config.json``; :func:`load_tokenizer` reads them back without running any code of the folder's.
 """
 
@@ -13,12 +13,14 @@ from typing import Any
 
 from toolkit.data.letters import LETTERS_FILE, LetterTokenizer
 from toolkit.data.subwords import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from toolkit.data.text_bpe import Gpt2Tokenizer
 from toolkit.data.token_common import Tokenizer
 from toolkit.errors import TokenError
 
 __all__ = [
     "LETTERS_FILE",
     "SENTENCEPIECE_FILE",
+    "Gpt2Tokenizer",
     "LetterTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> LetterTokenizer | SentencePieceTokenizer:
+def load_tokenizer(folder: str | os.PathLike[str]) -> LetterTokenizer | SentencePieceTokenizer | Gpt2Tokenizer:
     """The tokenizer of a ``model/`` folder: its kind and options from ``config.json``, its symbols from the file
     beside it.
 
@@ -54,9 +56,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LetterTokenizer | Sentence
     if kind == "sentencepiece":
         options.pop("word_boundary", None)
         return SentencePieceTokenizer.from_file(folder / SENTENCEPIECE_FILE, **options)
+    if kind == "gpt2":
+        return Gpt2Tokenizer.from_folder(folder)
     raise TokenError(
-        f"{folder / 'config.json'}: the tokens are of kind {kind!r}, expected letters or sentencepiece; the folder may "
-        "come from a newer version of the toolkit."
+        f"{folder / 'config.json'}: the tokens are of kind {kind!r}, expected letters, sentencepiece or gpt2; the "
+        "folder may come from a newer version of the toolkit."
     )
 
 

@@ -44,7 +44,7 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
             raise
         reason = str(error).rstrip(".") if isinstance(error, ModelError) else error
         raise CheckpointError(
-            f"{source}: the settings in config.json make no model of kind {kind!r} ({reason}); "
+            f"{source}: its settings make no model of kind {kind!r} ({reason}); "
             "was the folder written by another version?"
         ) from error
     raise CheckpointError(f"{source}: there is no model of kind {kind!r}.")

@@ -359,5 +359,5 @@ def encoder_settings(architecture: Mapping[str, Any], *, source: str | os.PathLi
     inner = architecture.get("encoder", architecture)
     if not isinstance(inner, Mapping) or (unknown := sorted(set(inner) - ENCODER_ARGUMENTS)):
         what = f"the setting {unknown[0]!r}" if isinstance(inner, Mapping) else "no settings"
-        raise CheckpointError(f"{source}: config.json has {what} for the encoder, which this version cannot build.")
+        raise CheckpointError(f"{source}: there is {what} for the encoder, which this version cannot build.")
     return dict(inner)

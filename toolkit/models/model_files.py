@@ -122,8 +122,8 @@ def save_model_folder(
         (fresh / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         fresh.chmod(0o755)
         for file in fresh.iterdir():
-            _flush(file)
-        _replace_folder(fresh, target)
+            flush_to_disk(file)
+        replace_folder(fresh, target)
     except SafetensorError as error:
         # The library reports a full disk and the like in its own words.
         raise CheckpointError(
@@ -269,7 +269,7 @@ def _refuse_foreign_files(folder: Path) -> None:
         )
 
 
-def _replace_folder(fresh: Path, target: Path) -> None:
+def replace_folder(fresh: Path, target: Path) -> None:
     """Put ``fresh`` in the place of ``target``; the older folder goes only when the new one stands."""
     if not target.exists():
         os.rename(fresh, target)
@@ -282,10 +282,10 @@ def _replace_folder(fresh: Path, target: Path) -> None:
             os.rename(older, target)
             raise
         shutil.rmtree(older, ignore_errors=True)
-    _flush(target.parent)
+    flush_to_disk(target.parent)
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Have the kernel write a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

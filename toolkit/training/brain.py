@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.data.units import SECONDS, TOKENS, Unit
 from toolkit.errors import (
     ConfigError,
     ModelError,
@@ -57,6 +58,7 @@ class Brain:
     health : looks at every row of the log and warns; None = the usual rules.
     context : device, ranks, loggers, folder; None = this process on the CPU, silent.
     sample_rate : Hz, to count seconds of audio.
+    unit : what batches are measured in: seconds of audio or, for batches with ``tokens`` and ``lengths``, tokens.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class Brain:
         health: HealthMonitor | None = None,
         context: RunContext | None = None,
         sample_rate: int = 16000,
+        unit: Unit = SECONDS,
     ) -> None:
         options = run_opts if isinstance(run_opts, RunOptions) else RunOptions.from_values(run_opts or {})
         self.options = shortened(options) if options.debug else options
@@ -101,13 +104,13 @@ class Brain:
         self.precision = self.device_row.resolve_precision(self.options.precision)
         self.modules = nn.ModuleDict(modules).to(self.device)
         self.hparams = SimpleNamespace(**(hparams or {}))
-        self.opt_class, self.sample_rate = opt_class, sample_rate
+        self.opt_class, self.sample_rate, self.unit = opt_class, sample_rate, unit
         self.schedule: Schedule = schedule or Constant()
         self.parameter_groups = tuple(parameter_groups)
         self.health = health or HealthMonitor()
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss_scale: LossScale | None = None
-        self.progress = Progress(RunLength(self.options.max_updates, self.options.max_minutes), self.world)
+        self.progress = Progress(RunLength(self.options.max_updates, self.options.max_minutes), self.world, unit)
         self.saver = Saver(checkpointer, self.options, self.modules, self.progress, self.say)
         self.rng: Randomness | None = None
         self.batch_index = 0
@@ -163,7 +166,9 @@ class Brain:
         return build_optimizer(self.modules, self.opt_class, self.parameter_groups)
 
     def batch_amount(self, batch: Any) -> tuple[float, float]:
-        """(seconds of audio without padding, with padding) of a batch on the host; items where there is no audio."""
+        """What is in a batch on the host without padding and with it: seconds of audio, tokens, or else items."""
+        if self.unit is TOKENS:
+            return float(batch.lengths.sum()), float(batch.tokens.numel())
         if hasattr(batch, "waveforms") and hasattr(batch, "lengths"):
             return int(batch.lengths.sum()) / self.sample_rate, batch.waveforms.numel() / self.sample_rate
         return float(len(batch)), float(len(batch))

@@ -69,6 +69,7 @@ from torch import nn
 from toolkit.data.batch import collate_speech
 from toolkit.data.loader import Loader
 from toolkit.data.sampler import BucketSampler, EvaluationSampler
+from toolkit.data.units import SECONDS, Unit
 from toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from toolkit.seeds import derive_seed
 from toolkit.training.brain import Brain
@@ -180,6 +181,7 @@ class Experiment:
         best_metric: str = "loss",
         best_mode: str = "min",
         sample_rate: int | None = None,
+        unit: Unit = SECONDS,
     ) -> Any:
         """A Brain of class ``kind`` in this run, with a Checkpointer on ``<output_folder>/save``.
 
@@ -211,6 +213,7 @@ class Experiment:
             health=health,
             context=self.context,
             sample_rate=sample_rate or int(self.hparams.get("sample_rate", 16000)),
+            unit=unit,
         )
         if self._keep_record is not None:
             brain.saver.on_resume.append(partial(run_on_main, self.world, self._keep_record))
@@ -251,12 +254,7 @@ class Experiment:
             world_size=self.world.size,
             max_batch_size=max_batch_size,
         )
-        self._manifests["train"] = dataset.manifest.fingerprint()
-        if self._checkpointer is not None:
-            self._checkpointer.manifests.update(self._manifests)
-        if not self.options.test_only:
-            self.say(sampler.report())
-        return self._loader(dataset, sampler, collate)
+        return self.planned_train_loader(dataset, sampler, dataset.manifest.fingerprint(), collate=collate)
 
     def eval_loader(
         self, dataset: Any, *, batch_seconds: float, collate: Callable[..., Any] = collate_speech
@@ -265,9 +263,21 @@ class Experiment:
         sampler = EvaluationSampler(
             dataset.manifest.durations, batch_seconds=batch_seconds, world_size=self.world.size
         )
-        return self._loader(dataset, sampler, collate)
+        return self.planned_loader(dataset, sampler, collate=collate)
 
-    def _loader(self, dataset: Any, sampler: Any, collate: Callable[..., Any]) -> Loader:
+    def planned_train_loader(
+        self, dataset: Any, sampler: Any, fingerprint: str, *, collate: Callable[..., Any]
+    ) -> Loader:
+        """The training set with a sampler made for it; ``fingerprint`` changes where the set does."""
+        self._manifests["train"] = fingerprint
+        if self._checkpointer is not None:
+            self._checkpointer.manifests.update(self._manifests)
+        if not self.options.test_only:
+            self.say(sampler.report())
+        return self.planned_loader(dataset, sampler, collate=collate)
+
+    def planned_loader(self, dataset: Any, sampler: Any, *, collate: Callable[..., Any]) -> Loader:
+        """Any set with a sampler made for it, this rank's share, by the options of this run."""
         return Loader(
             dataset,
             sampler,

@@ -12,13 +12,14 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from toolkit.data.units import SECONDS, TOKENS
 from toolkit.errors import ConfigError
 from toolkit.training.folders import write_atomic
 
 SHOWN_FIRST = ("loss", "lr", "grad_norm")
 """What a line of the console begins with."""
 
-NOT_SHOWN = {"stage", "update", "total_updates", "epoch", "elapsed_seconds", "audio_seconds"}
+NOT_SHOWN = {"stage", "update", "total_updates", "epoch", "elapsed_seconds", SECONDS.total, TOKENS.total}
 """Keys of a row that a line of the console leaves to the file."""
 
 
@@ -271,7 +272,8 @@ def _parts(row: Mapping[str, Any]) -> list[str]:
 
 
 def _pace(row: Mapping[str, Any]) -> list[str]:
-    pace = [f"{_short(row['throughput'])} audio s/s"] if "throughput" in row else []
+    unit = TOKENS if TOKENS.total in row else SECONDS
+    pace = [f"{_short(row['throughput'])} {unit.pace}"] if "throughput" in row else []
     for name, words in (("padding_share", "padding"), ("loader_wait_share", "waiting for data")):
         if row.get(name, 0.0) >= 0.01:
             pace.append(f"{words} {100 * row[name]:.0f} %")

@@ -95,13 +95,13 @@ class MetricSums:
 
 @dataclass
 class Meter:
-    """Where the time of training goes, and how much audio went through it; sums of this process since the last row.
+    """Where the time of training goes, and how much went through it; sums of this process since the last row.
 
     Arguments
     ---------
     clock : seconds; replaceable for tests.
 
-    All amounts are in the batch's unit (seconds of audio): ``real`` without padding, ``seen`` with it.
+    All amounts are in the run's unit (seconds of audio, tokens): ``real`` without padding, ``seen`` with it.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -122,7 +122,7 @@ class Meter:
             self._since = None
 
     def add_batch(self, real: float, seen: float) -> None:
-        """One micro-batch of ``real`` seconds without and ``seen`` with padding."""
+        """One micro-batch of the amount ``real`` without and ``seen`` with padding."""
         self.real += real
         self.seen += seen
 
@@ -138,7 +138,7 @@ class Meter:
 
 
 def rates(parts: list[Mapping[str, float]]) -> dict[str, float]:
-    """Throughput (real seconds of audio per second, all ranks together), padding share and loader wait share.
+    """Throughput (real amount per second, all ranks together), padding share and loader wait share.
 
     Arguments
     ---------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from toolkit.data.units import SECONDS, Unit
 from toolkit.training.distributed import World
 from toolkit.training.limits import RunLength
 from toolkit.training.metrics import Meter, MetricSums, Number, rates
@@ -17,18 +18,19 @@ class Progress:
     ---------
     length : when the run ends.
     world : the ranks.
+    unit : what ``amount``, all that has gone through the run, is measured in.
 
     ``update`` counts complete updates, ``epoch`` complete epochs, ``epoch_update`` complete updates of this epoch.
     ``row_sums`` are this rank's since the last row of the log, ``epoch_sums`` since the epoch began.
     """
 
-    def __init__(self, length: RunLength, world: World) -> None:
-        self.length, self.world = length, world
+    def __init__(self, length: RunLength, world: World, unit: Unit = SECONDS) -> None:
+        self.length, self.world, self.unit = length, world, unit
         self.update = self.epoch = self.epoch_update = 0
         self.updates_per_epoch = 1
         self.plan_digest = ""
         self.row_sums, self.epoch_sums, self.meter = MetricSums(), MetricSums(), Meter()
-        self.audio_seconds = self.train_seconds = 0.0
+        self.amount = self.train_seconds = 0.0
         self.best: dict[str, Any] = {}
         self.final: dict[str, Any] = {}
         self._since_row = dict.fromkeys(("real", "seen", "waited", "worked"), 0.0)
@@ -40,8 +42,8 @@ class Progress:
 
     @property
     def throughput(self) -> float:
-        """Seconds of audio per second of training over the whole run, all ranks together."""
-        return self.audio_seconds / self.train_seconds if self.train_seconds else 0.0
+        """Amount (seconds of audio, tokens) per second of training over the whole run, all ranks together."""
+        return self.amount / self.train_seconds if self.train_seconds else 0.0
 
     def advance(self) -> None:
         """One more update is complete."""
@@ -59,7 +61,7 @@ class Progress:
         self._collect_meter()
         row: dict[str, Any] = {"stage": "train", "update": self.update, "total_updates": self.length.total}
         row |= {"epoch": self.epochs, **extra, **reduced.averages(), **rates([self._since_row])}
-        row |= {"audio_seconds": round(self.audio_seconds, 3), "elapsed_seconds": round(self.length.elapsed(), 3)}
+        row |= {self.unit.total: round(self.amount, 3), "elapsed_seconds": round(self.length.elapsed(), 3)}
         self._since_row = dict.fromkeys(self._since_row, 0.0)
         return row
 
@@ -87,7 +89,7 @@ class Progress:
             "row_sums": self.row_sums.reduce(self.world).state_dict(),
             "epoch_sums": self.epoch_sums.reduce(self.world).state_dict(),
             "since_row": self._since_row,
-            "audio_seconds": self.audio_seconds,
+            self.unit.total: self.amount,
             "train_seconds": self.train_seconds,
             "best": self.best,
             "final": self.final,
@@ -109,7 +111,7 @@ class Progress:
             if self.world.is_main:
                 sums.load_state_dict(state[name])
         self._since_row = {name: float(value) for name, value in state["since_row"].items()}
-        self.audio_seconds, self.train_seconds = float(state["audio_seconds"]), float(state["train_seconds"])
+        self.amount, self.train_seconds = float(state[self.unit.total]), float(state["train_seconds"])
         self.best, self.final = dict(state["best"]), dict(state["final"])
         planned = str(state.get("plan_digest", ""))
         if before == self.updates_per_epoch and planned and self.plan_digest and planned != self.plan_digest:
@@ -135,5 +137,5 @@ class Progress:
             "worked": max(part["worked"] for part in parts),
         }
         self._since_row = {name: self._since_row[name] + value for name, value in total.items()}
-        self.audio_seconds += total["real"]
+        self.amount += total["real"]
         self.train_seconds += total["worked"]

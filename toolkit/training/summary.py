@@ -14,18 +14,16 @@ from toolkit.training.folders import write_json
 if TYPE_CHECKING:
     from toolkit.training.brain import Brain
 
-UNIT = "audio seconds per second"
-
 
 def summarize(brain: Brain) -> dict[str, Any]:
     """What every run reports, from its Brain (a collective: peak memory is the highest of all ranks).
 
     Returns
     -------
-    ``updates``, ``epochs``, ``wall_seconds`` (training, validation and checkpoints, all sessions), ``throughput``
-    {``value``, ``unit``} (training alone, all ranks together), ``peak_memory_gb`` (10^9 bytes, one rank),
-    ``device``, ``precision``, ``world_size``, ``best`` (validation metrics and their update; None without), ``final``
-    (last rows of training and validation).
+    ``updates``, ``epochs``, ``wall_seconds`` (training, validation and checkpoints, all sessions), ``audio_seconds`` or
+    ``text_tokens`` (what went through the training), ``throughput`` {``value``, ``unit``} (training alone, all ranks
+    together), ``peak_memory_gb`` (10^9 bytes, one rank), ``device``, ``precision``, ``world_size``,
+    ``best`` (validation metrics and their update; None without), ``final`` (last rows of training and validation).
     """
     progress = brain.progress
     peak = max(brain.world.gather_objects(brain.device_row.peak_memory_bytes()))
@@ -33,8 +31,8 @@ def summarize(brain: Brain) -> dict[str, Any]:
         "updates": progress.update,
         "epochs": progress.epochs,
         "wall_seconds": round(progress.length.elapsed(), 3),
-        "audio_seconds": round(progress.audio_seconds, 3),
-        "throughput": {"value": round(progress.throughput, 4), "unit": UNIT},
+        progress.unit.total: round(progress.amount, 3),
+        "throughput": {"value": round(progress.throughput, 4), "unit": progress.unit.rate},
         "peak_memory_gb": round(peak / 1e9, 3),
         "device": brain.device_row.name,
         "precision": brain.precision,

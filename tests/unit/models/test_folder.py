@@ -87,7 +87,7 @@ def test_saving_again_replaces_all(tmp_path):
     assert load_pretrained(folder)[0].config == model.config and os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "_replace_folder"])
+@pytest.mark.parametrize("step", ["save_file", "flush_to_disk", "replace_folder"])
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, step):
     _, folder = save(tmp_path / "model", "wav2vec2_encoder")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -232,12 +232,12 @@ def test_settings_that_make_no_model(tmp_path):
     good = json.loads((folder / "config.json").read_text())["architecture"]
     edit(folder, architecture=good | {"encoder": good["encoder"] | {"rope": True}})
     assert sentence(folder) == (
-        f"{folder}: config.json has the setting 'rope' for the encoder, which this version cannot build."
+        f"{folder}: there is the setting 'rope' for the encoder, which this version cannot build."
     )
     for bad in (good | {"num_speakers": 3}, good | {"vocab_size": "many"}, good | {"vocab_size": 0}):
         edit(folder, architecture=bad)
         message = sentence(folder)
-        assert message.startswith(f"{folder}: the settings in config.json make no model of kind 'ctc' (")
+        assert message.startswith(f"{folder}: its settings make no model of kind 'ctc' (")
         assert message.endswith("); was the folder written by another version?")
 
 

@@ -71,7 +71,7 @@ def test_all_loggers_hear_everything_and_other_ranks_nothing(tmp_path):
 
 
 def test_tensorboard_gets_curves(tmp_path):
-    pytest.importorskip("tensorboard")
+
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)

@@ -12,7 +12,7 @@ from toolkit.training.summary import describe_modules, format_summary, summarize
 def test_a_brain_is_summed_up_with_all_keys(tmp_path):
     brain = Brain({"model": nn.Linear(3, 2)}, run_opts={"precision": "fp32"})
     brain.progress.update, brain.progress.epoch = 12, 3
-    brain.progress.audio_seconds, brain.progress.train_seconds = 100.0, 4.0
+    brain.progress.amount, brain.progress.train_seconds = 100.0, 4.0
     values = summarize(brain)
     assert values["updates"] == 12 and values["epochs"] == 3 and values["parameters"] == 8
     assert values["throughput"] == {"value": 25.0, "unit": "audio seconds per second"}

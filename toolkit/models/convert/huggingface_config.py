@@ -244,8 +244,7 @@ def _encoder_architecture(settings: Settings, model_type: str) -> dict[str, Any]
             "entries; each convolution needs one of each."
         )
     encoder["conv_layers"] = [list(layer) for layer in zip(*sizes, strict=True)]
-    if sizes[0][-1] == encoder["dim"]:
-        encoder["always_project"] = True  # where the originals' wav2vec 2.0 has no projection
+    encoder["always_project"] = sizes[0][-1] == encoder["dim"]  # transformers always does
     if not settings.get("apply_spec_augment", True):
         encoder["mask_prob"] = encoder["mask_channel_prob"] = 0.0
     if model_type == WAV2VEC2:
@@ -254,9 +253,9 @@ def _encoder_architecture(settings: Settings, model_type: str) -> dict[str, Any]
         encoder["pos_kernel"], encoder["pos_depth"] = settings.get("num_conv_pos_embeddings", 128), 1
     else:
         encoder |= {"extractor_norm": "layer", "pre_norm": False} | _data2vec_positions(settings)
-    # The group norm of transformers' runs over the padding; each utterance keeps its own number of masked frames;
-    # nothing scales the gradient into the convolutions.
-    encoder["norm_over_padding"] = encoder["extractor_norm"] == "group"
+    # The group norm of transformers' runs over the padding, and so does data2vec's stack of convolutions; each
+    # utterance keeps its own number of masked frames; nothing scales the gradient into the convolutions.
+    encoder["norm_over_padding"] = encoder["extractor_norm"] == "group" or encoder["pos_depth"] > 1
     return encoder | {"equal_mask_counts": False, "feature_grad_mult": 1.0, "gradient_checkpointing": False}
 
 

@@ -29,7 +29,7 @@ from toolkit.models.convert.huggingface_names import (
 )
 from toolkit.models.convert.huggingface_tokens import TOKEN_FILES, read_json_object, rows_to_theirs, token_files
 from toolkit.models.convert.shapes import expected_shapes
-from toolkit.models.model_files import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, _flush, _replace_folder
+from toolkit.models.model_files import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, flush_to_disk, replace_folder
 
 
 def write_huggingface(converted: Converted, folder: Path) -> None:
@@ -61,8 +61,8 @@ def write_huggingface(converted: Converted, folder: Path) -> None:
             (fresh / name).write_text(text + "\n", encoding="utf-8")
         fresh.chmod(0o755)
         for file in fresh.iterdir():
-            _flush(file)
-        _replace_folder(fresh, target)
+            flush_to_disk(file)
+        replace_folder(fresh, target)
     except SafetensorError as error:
         raise CheckpointError(
             f"{target}: the weights could not be written ({error}); look at the space left and try again."

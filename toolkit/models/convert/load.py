@@ -70,10 +70,27 @@ def check_difference(
     unexpected = split_unused(converted.unexpected, allow_unexpected)[1]
     if missing or unexpected:
         raise CheckpointError(
-            f"{path}: {len(missing)} tensors of the model are missing and {len(unexpected)} of the file are "
-            "unexpected; allow them by name if they may differ, or give a whole file.\n"
+            f"{path}: the tensors do not match, {len(missing)} of the model are missing and {len(unexpected)} of the "
+            "file unexpected; allow them by name if they may differ, or give a whole file.\n"
             + describe_difference(converted)
         )
+
+
+def accepted(
+    converted: Converted,
+    path: str | os.PathLike[str],
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> Converted:
+    """The same, where what is missing by leave counts as fresh, and what is too many by leave as left out.
+
+    Raises
+    ------
+    CheckpointError : see :func:`check_difference`.
+    """
+    check_difference(converted, path, allow_missing, allow_unexpected)
+    fresh, unused = converted.info.fresh + converted.missing, converted.info.unused + converted.unexpected
+    return replace(converted, info=replace(converted.info, fresh=fresh, unused=unused), missing=(), unexpected=())
 
 
 def load_encoder(path: str | os.PathLike[str], **overrides: Any) -> Wav2Vec2Encoder:
@@ -108,7 +125,7 @@ def build_encoder(converted: Converted, path: str | os.PathLike[str], **override
         if isinstance(error, ToolkitError):
             raise
         raise CheckpointError(
-            f"{path}: the settings in config.json make no encoder ({error}); was the folder written by another program?"
+            f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
         ) from error
     whole = converted.config.kind == "wav2vec2_encoder"
     fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)

@@ -37,7 +37,7 @@ def expected_shapes(
     except RuntimeError as error:  # sizes beyond what torch can count
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{source}: the settings in config.json make no model ({error}).") from error
+        raise CheckpointError(f"{source}: its settings make no model ({error}).") from error
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 

@@ -238,7 +238,7 @@ def test_tensors_that_lack_or_are_too_many_are_told(tmp_path):
     read = read_pretrained(path)
     assert read.missing == ("encoder.transformer.layers.1.qkv.weight",)
     assert "w2v_encoder.adapter.weight" in read.unexpected
-    assert refused(path).startswith("FILE: 1 tensors of the model are missing and 3 of the file are unexpected")
+    assert refused(path).startswith("FILE: the tensors do not match, 1 of the model are missing and 3 of")
 
 
 def test_an_encoder_without_its_pretrainings_heads(tmp_path):

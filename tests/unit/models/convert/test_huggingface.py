@@ -289,7 +289,7 @@ REFUSED = [
     ({"hidden_size": 10**30}, "hidden_size is 1000000"),
     ({"intermediate_size": 47}, r"has the shape \(48, 24\), but the settings beside it make \(47, 24\)"),
     ({"num_attention_heads": 5}, "no multiple of its num_heads 5"),
-    ({"num_conv_pos_embedding_groups": 0}, "config.json make no model"),
+    ({"num_conv_pos_embedding_groups": 0}, "its settings make no model"),
     ({"architectures": ["Wav2Vec2ForXVector"]}, "the architecture 'Wav2Vec2ForXVector'"),
     ({"architectures": ["Wav2Vec2BertModel"], "model_type": "wav2vec2-bert"}, "Wav2Vec2BertModel"),
     ({"architectures": ["Wav2Vec2ConformerForCTC"]}, "Wav2Vec2ConformerForCTC"),
@@ -410,7 +410,7 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
     converted = read_pretrained(folder)
     assert converted.missing == ("encoder.transformer.layers.1.qkv.weight", "head.bias")
     assert "surplus" in converted.unexpected
-    with pytest.raises(CheckpointError, match="2 tensors of the model are missing"):
+    with pytest.raises(CheckpointError, match="2 of the model are missing"):
         load_pretrained(folder)
     with pytest.raises(CheckpointError, match="2 of the model's tensors are missing"):
         write_huggingface(converted, tmp_path / "again")

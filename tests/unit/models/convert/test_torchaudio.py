@@ -141,7 +141,7 @@ def test_missing_and_extra_tensors_are_named(tmp_path):
     converted = read_torchaudio(state, FILE)
     assert (converted.missing, converted.unexpected) == (("head.bias",), ("surplus",))
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="1 tensors of the model are missing and 1 of the file are unexpected"):
+    with pytest.raises(CheckpointError, match="1 of the model are missing and 1 of the file unexpected"):
         load_pretrained(tmp_path / "model.pt")
     assert load_pretrained(tmp_path / "model.pt", allow_missing=["head.bias"], allow_unexpected=["surplus"])
 
