@@ -206,10 +206,17 @@ class _Student(nn.Module):
         """
         if self.ema_timing == "step":
             self.teacher.move(self._student(), update=update)
+        self.teacher.forget()
+
+    def give_up_update(self) -> None:
+        """The teacher as it was before the moves of an update that is left unfinished, and will be made again; a
+        recipe calls it in ``on_update_given_up``."""
+        self.teacher.go_back()
 
     def _begin_forward(self, update: int) -> float:
         """Move as fairseq does, if asked to; the decay that the teacher was moved by last."""
         if self.training and self.ema_timing == "fairseq" and update > 0:
+            self.teacher.remember(update)
             self.teacher.move(self._student(), update=update)
         return self.teacher.decay.at(update)
 

@@ -279,6 +279,26 @@ def test_when_the_teacher_moves(make, run):
 
 
 @BOTH
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_an_update_that_is_given_up_leaves_the_teacher_as_it_was(make, run, micro_batches):
+    """However often it moved in it; a finished one stays."""
+    model = make(ema_timing="fairseq", ema_decay=(0.5, 0.9, 4))
+    run(model, update=1, rng=RNG)
+    model.finish_update(2)
+    finished = teacher_of(model)
+    model.give_up_update()
+    assert_same(teacher_of(model), finished, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.mul_(1.1)
+    for _ in range(micro_batches):
+        run(model, update=2, rng=RNG)
+    assert not torch.equal(teacher_of(model)["layers.0.fc1.weight"], finished["layers.0.fc1.weight"])
+    model.give_up_update()
+    assert_same(teacher_of(model), finished, rtol=0, atol=0)
+
+
+@BOTH
 def test_the_closed_form_of_the_moves(make, run):
     """teacher = decay * teacher + (1 - decay) * student but for what is copied, and with layers_only off nothing is."""
     for layers_only in (True, False):
