@@ -76,7 +76,9 @@ class Moves:
     measured : takes what is said.
     """
 
-    def __init__(self, recording: Recording, model: Data2VecAudio | Data2VecText, kind: str, measured: Measured) -> None:
+    def __init__(
+        self, recording: Recording, model: Data2VecAudio | Data2VecText, kind: str, measured: Measured
+    ) -> None:
         self.recording, self.model, self.kind, self.measured = recording, model, kind, measured
         numbers = [int(match[1]) for name in recording.tensors if (match := re.match(r"ema(\d+)\.", name))]
         rule = RULE.search(str(recording.meta.get("student_change_rule")))
@@ -248,7 +250,7 @@ def compare_text(recording: Recording, model: Data2VecText, setup: Setup) -> Mea
     chosen = target != model.encoder.padding_id
     tokens = recording.tensors.get("in.full_tokens", torch.where(chosen, target, source))
     if not source.shape == target.shape == tokens.shape:
-        raise RecordingError(f"{recording.folder}: the tokens of the inputs are of several shapes; copy the file again.")
+        raise RecordingError(f"{recording.folder}: the inputs of tokens are of several shapes; copy the file again.")
     moves = Moves(recording, model, "data2vec_text", measured)
     step = Step(recording, model, setup, moves, measured, watch(model, teacher="teacher"))
     moves.begin()

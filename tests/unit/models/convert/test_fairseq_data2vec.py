@@ -1,4 +1,4 @@
-"""data2vec's whole models, teacher and head included, from fairseq's checkpoints and back; and as Hugging Face folders."""
+"""data2vec's whole models, teacher and head too, from fairseq's checkpoints and back; and as Hugging Face folders."""
 
 import json
 
@@ -172,8 +172,8 @@ OURS = {
         "data2vec_audio",
         lambda: audio(
             encoder={"norm_over_padding": True, "min_masks": 3, "dim": 16, "always_project": True},
-            ema_timing="fairseq", layer_norms=["instance", "layer"], target_norms=["layer", "instance"], loss_beta=0.5, loss_scale=3.0,
-            ema_layers_only=False, ema_decay=[0.5, 0.75, 4],
+            ema_timing="fairseq", layer_norms=["instance", "layer"], target_norms=["layer", "instance"],
+            loss_beta=0.5, loss_scale=3.0, ema_layers_only=False, ema_decay=[0.5, 0.75, 4],
         ),
     ),
     "text": ("data2vec_text", text),
