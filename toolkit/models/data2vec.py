@@ -136,13 +136,11 @@ class TargetRule:
             total = F.mse_loss(predictions, targets, reduction="sum")
         return total * (predictions.shape[1] ** -0.5 if self.loss_scale is None else self.loss_scale)
 
-    def output(
-        self, predictions: Tensor, targets: Tensor, *, decay: float, num_positions: int, empty: Tensor
-    ) -> Data2VecOutput:
-        """Loss and statistics of the S masked positions; ``empty`` gives the gradient's beginning where S is 0."""
+    def output(self, predictions: Tensor, targets: Tensor, *, decay: float, num_positions: int) -> Data2VecOutput:
+        """Loss and statistics of the S masked positions; where S is 0 the loss is 0, and so are its gradients."""
         zero = predictions.new_zeros(())
         return Data2VecOutput(
-            loss_sum=self.loss(predictions, targets) if len(predictions) else empty.sum() * 0,
+            loss_sum=self.loss(predictions, targets),
             num_masked=len(predictions),
             target_deviation=deviation(targets) if len(targets) > 1 else zero,
             prediction_deviation=deviation(predictions.detach()) if len(targets) > 1 else zero,
@@ -327,7 +325,6 @@ class Data2VecAudio(_Student):
             targets,
             decay=decay,
             num_positions=int(encoded.frame_lengths.sum()),
-            empty=widened(encoded.features),
         )
 
     @torch.no_grad()
@@ -476,7 +473,6 @@ class Data2VecText(_Student):
             targets,
             decay=decay,
             num_positions=int((~encoded.padding).sum()),
-            empty=widened(encoded.features),
         )
 
     def _predicted(self, features: Tensor) -> Tensor:

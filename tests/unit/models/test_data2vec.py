@@ -150,6 +150,8 @@ def test_nothing_masked_and_one_position(make, run, fast):
     assert (out.num_masked, float(out.loss_sum.detach())) == (0, 0.0) and out.targets.shape == out.predictions.shape
     grads = gradients(model, out)
     assert all(bool(grad.isfinite().all()) and not grad.any() for grad in grads.values())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained - grads.keys() <= {"encoder.mask_embedding"}  # ranks that mask nothing reduce all the same
     # a batch without any counts for nothing in the mean of the deviations
     assert out.metrics()["target_var"] == (0.0, 0) and out.metrics()["masked_share"] == (0.0, out.num_positions)
     out = run(model, **one)
