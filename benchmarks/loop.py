@@ -11,6 +11,7 @@ are none: the run is shorter. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -27,6 +28,7 @@ import soundfile
 import torch
 from step_variants import SIZES, Ours
 
+from toolkit.pretraining import MaskedPretraining, pretrain
 from toolkit.training.devices import resolve_device
 
 HERE = Path(__file__).resolve().parent
@@ -77,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     recipe = load_recipe()
     walls: dict[str, list[float]] = {"loop": [], "step": []}
 
-    class Timed(recipe.Pretraining):
+    class Timed(MaskedPretraining):
         """The recipe's Brain, with a bare step after each update."""
 
         def on_fit_start(self) -> None:
@@ -97,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
                 walls["step"].append(stepped - ended)
             self.started = time.perf_counter()
 
-    recipe.Pretraining = Timed
+    recipe.pretrain = functools.partial(pretrain, brain_class=Timed)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_noise(Path(folder), 8 * options.batch, options.seconds)
         batch_seconds = options.batch * options.seconds

@@ -13,7 +13,7 @@ from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import check_difference
 from toolkit.models.convert.read import read_pretrained
-from toolkit.models.model_files import ModelConfig, load_tensors
+from toolkit.models.model_files import TEXT_KINDS, ModelConfig, load_tensors
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_whole_model(
     model : takes all tensors of the folder.
     folder : of any kind that the Pretrainer takes; None leaves the model as it is.
     kind : what the folder has to be of.
-    sample_rate, normalize : Hz and normalization of the settings, for a model without a folder.
+    sample_rate, normalize : Hz and normalization of the settings, for a model without a folder; 0 and False of text.
     say : takes the report.
 
     Returns
@@ -169,6 +169,8 @@ def load_whole_model(
             "that kind."
         )
     say(str(load_part("model", model, contents, folder)))
+    if kind in TEXT_KINDS:
+        return 0, False
     say(describe_hearing(config, folder, sample_rate=sample_rate, normalize=normalize))
     return config.sample_rate, config.normalize
 
