@@ -29,6 +29,7 @@ ODD_AUDIO = FIXTURES / "odd_audio"
 TEMPLATE = ROOT / "templates" / "speech_recognition" / "train.py"
 PRETRAINING = ROOT / "recipes" / "LibriSpeech" / "wav2vec2" / "train.py"
 DATA2VEC = ROOT / "recipes" / "LibriSpeech" / "data2vec" / "train.py"
+TEXT = ROOT / "recipes" / "WikiText" / "data2vec" / "train.py"
 ASR = ROOT / "recipes" / "LibriSpeech" / "ASR" / "train.py"
 
 CONV_LAYERS = "[[8, 10, 5], [8, 8, 4], [8, 4, 4], [16, 4, 2]]"
@@ -90,6 +91,17 @@ def data2vec_words(output: Path, **keys: Any) -> list[str]:
     """data2vec's on the same."""
     keys = {"model.top_layers": 2, "model.encoder.pos_depth": 2, **keys}
     return _crops_words(DATA2VEC.parent / "hparams" / "data2vec_tiny.yaml", output, keys)
+
+
+def text_words(output: Path, **keys: Any) -> list[str]:
+    """data2vec of text on a small prepared folder."""
+    base = {
+        "data_folder": FIXTURES / "fairseq_text" / "bin_own", "output_folder": output, "max_updates": 2,
+        "tokens_per_sample": 32, "batch_tokens": 256, "effective_batch": 1024, "valid_interval_updates": 2,
+        "encoder.dim": 16, "encoder.num_layers": 2, "encoder.ffn_dim": 32, "encoder.num_heads": 2,
+        "model.top_layers": 2,
+    }  # fmt: skip
+    return [str(TEXT.parent / "hparams" / "data2vec_tiny.yaml"), *words_of(COMMON, base, keys)]
 
 
 def _crops_words(hparams: Path, output: Path, keys: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from tests.faults.real_runs import (
     DATA2VEC,
     PRETRAINING,
     TEMPLATE,
+    TEXT,
     Ended,
     Stop,
     asr_words,
@@ -28,6 +29,7 @@ from tests.faults.real_runs import (
     run_forked,
     run_script,
     run_until,
+    text_words,
 )
 
 UPDATES = 9
@@ -72,6 +74,14 @@ KINDS = {
             valid_interval_updates=4, valid_splits="[dev-clean]",
             **{"model.ema_decay": "[0.5, 0.9, 6]", "model.ema_timing": timing},
             **{f"model.encoder.{name}": value for name, value in RANDOM.items()},
+        )
+        for timing in ("step", "fairseq")
+    },
+    **{
+        f"data2vec of text, {timing}": Kind(
+            TEXT, text_words, ckpt_interval_updates=2, valid_interval_updates=4,
+            **{"model.ema_decay": "[0.5, 0.9, 6]", "model.ema_timing": timing},
+            **{f"encoder.{name}": value for name, value in RANDOM.items() if name != "activation_dropout"},
         )
         for timing in ("step", "fairseq")
     },
@@ -159,6 +169,8 @@ def random_stops(seed: int) -> list[Stop]:
         ("asr", (2, 0, 1, 0), 6),
         ("data2vec, step", (0, 2, 0, 1), 7),
         ("data2vec, fairseq", (0, 0, 0, 0), 8),
+        ("data2vec of text, step", (0, 2, 0, 1), 9),
+        ("data2vec of text, fairseq", (0, 0, 0, 0), 10),
     ],
 )
 def test_interrupted_at_three_random_places_it_ends_with_the_same_bits(whole, tmp_path, name, workers, seed):
@@ -216,7 +228,7 @@ def test_torchrun_with_two_processes_equals_one_with_twice_the_accumulation(whol
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
 
 
-@pytest.mark.parametrize("name", ["pretraining", "data2vec, step"])
+@pytest.mark.parametrize("name", ["pretraining", "data2vec, step", "data2vec of text, step"])
 def test_two_processes_pretrain_as_one_does(whole, tmp_path, name):
     kind, expected = KINDS[name], whole(name)
     ended = kind.run(tmp_path, processes=2)
