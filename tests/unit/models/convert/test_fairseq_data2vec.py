@@ -164,6 +164,8 @@ def test_a_teacher_that_lacks_a_tensor_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="1 of the model are missing and 0 of the file unexpected") as caught:
         load_pretrained(saved(contents, tmp_path))
     assert "teacher.module.layers.1.fc1.bias" in str(caught.value)
+    # fine-tuning does not need it
+    assert equal(load_encoder(tmp_path / "x.pt").state_dict(), load_encoder(FOLDER / AUDIO).state_dict())
 
 
 OURS = {
