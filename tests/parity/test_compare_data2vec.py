@@ -180,9 +180,8 @@ def inputs_of(model):
     return tensors, {"source": source, "tokens": tokens, "chosen": chosen}
 
 
-def record(folder, model, kind):
-    """The files of a recording with two moves and the one more that an accumulated micro-batch makes."""
-    folder.mkdir()
+def stir(model):
+    """No parameter at its default, nothing dropped, by the plain formulas."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,6 +191,12 @@ def record(folder, model, kind):
         for name in ("dropout", "attention_dropout", "dropout_input", "layerdrop"):
             if hasattr(module, name):
                 setattr(module, name, 0.0)
+
+
+def record(folder, model, kind):
+    """The files of a recording with two moves and the one more that an accumulated micro-batch makes."""
+    folder.mkdir()
+    stir(model)
     student = model.encoder.transformer if kind == "data2vec_audio" else model.encoder
     model.teacher.copy_from(student)
     tensors, arguments = inputs_of(model)
