@@ -252,6 +252,8 @@ def test_hugging_face_gets_the_encoder_and_the_rest_is_told(tmp_path, capsys):
         torch.testing.assert_close(ours(waveforms).features, expected, rtol=0, atol=1e-4)
     again = read_pretrained(tmp_path / "hf")
     before = encoder_alone(read_pretrained(FOLDER / AUDIO))
+    assert len(before.info.unused) == 50
+    assert {name.split(".")[0] for name in before.info.unused} == {"teacher", "prediction"}
     assert (again.config.kind, again.config.architecture) == ("wav2vec2_encoder", before.config.architecture)
     assert equal(again.tensors, before.tensors)
 
