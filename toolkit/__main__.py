@@ -58,7 +58,8 @@ def convert_model(arguments: argparse.Namespace) -> int:
     print("\n".join(_describe_converted(Path(arguments.source), converted)))
     converted = accepted(converted, arguments.source, arguments.allow_missing, arguments.allow_unexpected)
     build_converted(converted, arguments.source)  # so that shapes are checked too, and errors name the source
-    write_pretrained(converted, arguments.target, to=arguments.to)
+    left_out = write_pretrained(converted, arguments.target, to=arguments.to)
+    print("\n".join(left_out), end="\n" if left_out else "")
     print(f"written: {arguments.target} ({arguments.to})")
     return 0
 

@@ -41,6 +41,11 @@ class MaskedPretraining(Brain):
         if isinstance(self.modules.model, Data2VecAudio):
             self.modules.model.finish_update(self.update)
 
+    def on_update_given_up(self) -> None:
+        """A teacher that moved with its micro-batches goes back."""
+        if isinstance(self.modules.model, Data2VecAudio):
+            self.modules.model.give_up_update()
+
 
 @dataclass(frozen=True)
 class SpeechPretraining:

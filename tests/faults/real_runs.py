@@ -28,6 +28,8 @@ DIGITS = FIXTURES / "fsdd_tiny"
 ODD_AUDIO = FIXTURES / "odd_audio"
 TEMPLATE = ROOT / "templates" / "speech_recognition" / "train.py"
 PRETRAINING = ROOT / "recipes" / "LibriSpeech" / "wav2vec2" / "train.py"
+DATA2VEC = ROOT / "recipes" / "LibriSpeech" / "data2vec" / "train.py"
+TEXT = ROOT / "recipes" / "WikiText" / "data2vec" / "train.py"
 ASR = ROOT / "recipes" / "LibriSpeech" / "ASR" / "train.py"
 
 CONV_LAYERS = "[[8, 10, 5], [8, 8, 4], [8, 4, 4], [16, 4, 2]]"
@@ -81,14 +83,35 @@ def asr_words(output: Path, **keys: Any) -> list[str]:
 
 
 def pretraining_words(output: Path, **keys: Any) -> list[str]:
-    """Pretraining on the same tree, in crops of at most 2 s."""
+    """wav2vec 2.0's pretraining on the same tree, in crops of at most 2 s."""
+    return _crops_words(PRETRAINING.parent / "hparams" / "w2v2_tiny.yaml", output, keys)
+
+
+def data2vec_words(output: Path, **keys: Any) -> list[str]:
+    """data2vec's on the same."""
+    keys = {"model.top_layers": 2, "model.encoder.pos_depth": 2, **keys}
+    return _crops_words(DATA2VEC.parent / "hparams" / "data2vec_tiny.yaml", output, keys)
+
+
+def text_words(output: Path, **keys: Any) -> list[str]:
+    """data2vec of text on a small prepared folder."""
+    base = {
+        "data_folder": FIXTURES / "fairseq_text" / "bin_own", "output_folder": output, "max_updates": 2,
+        "tokens_per_sample": 32, "batch_tokens": 256, "effective_batch": 1024, "valid_interval_updates": 2,
+        "encoder.dim": 16, "encoder.num_layers": 2, "encoder.ffn_dim": 32, "encoder.num_heads": 2,
+        "model.top_layers": 2,
+    }  # fmt: skip
+    return [str(TEXT.parent / "hparams" / "data2vec_tiny.yaml"), *words_of(COMMON, base, keys)]
+
+
+def _crops_words(hparams: Path, output: Path, keys: Mapping[str, Any]) -> list[str]:
     base = {
         "data_folder": FIXTURES / "librispeech_tiny", "output_folder": output, "train_splits": "[train-clean-100]",
         "valid_splits": "[]", "test_splits": "[]", "max_updates": 2, "batch_seconds": 8, "effective_batch": 16,
         "crop_seconds": 2,
         **{f"model.encoder.{name}": value for name, value in SIZES.items()},
     }  # fmt: skip
-    return [str(PRETRAINING.parent / "hparams" / "w2v2_tiny.yaml"), *words_of(COMMON, base, keys)]
+    return [str(hparams), *words_of(COMMON, base, keys)]
 
 
 def run_here(script: Path, words: Iterable[Any]) -> Ended:

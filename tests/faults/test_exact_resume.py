@@ -16,16 +16,20 @@ from safetensors.torch import load_file
 
 from tests.faults.real_runs import (
     ASR,
+    DATA2VEC,
     PRETRAINING,
     TEMPLATE,
+    TEXT,
     Ended,
     Stop,
     asr_words,
+    data2vec_words,
     digits_words,
     pretraining_words,
     run_forked,
     run_script,
     run_until,
+    text_words,
 )
 
 UPDATES = 9
@@ -63,6 +67,24 @@ KINDS = {
         valid_interval_updates=4, valid_splits="[dev-clean]",
         **{f"model.encoder.{name}": value for name, value in RANDOM.items()},
     ),
+    # fast ramps, so that a move too many or too few shows in the weights of the teacher; both timings
+    **{
+        f"data2vec, {timing}": Kind(
+            DATA2VEC, data2vec_words, batch_seconds=4, effective_batch=16, ckpt_interval_updates=2,
+            valid_interval_updates=4, valid_splits="[dev-clean]",
+            **{"model.ema_decay": "[0.5, 0.9, 6]", "model.ema_timing": timing},
+            **{f"model.encoder.{name}": value for name, value in RANDOM.items()},
+        )
+        for timing in ("step", "fairseq")
+    },
+    **{
+        f"data2vec of text, {timing}": Kind(
+            TEXT, text_words, ckpt_interval_updates=2, valid_interval_updates=4,
+            **{"model.ema_decay": "[0.5, 0.9, 6]", "model.ema_timing": timing},
+            **{f"encoder.{name}": value for name, value in RANDOM.items() if name != "activation_dropout"},
+        )
+        for timing in ("step", "fairseq")
+    },
     "asr": Kind(
         ASR, asr_words, ckpt_interval_updates=2, evaluate="last",
         **{f"encoder_training.{name}": value for name, value in RANDOM.items()},
@@ -82,6 +104,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return make
+
+
+@pytest.mark.parametrize("name", ["data2vec, step", "data2vec, fairseq"])
+def test_a_teacher_is_in_what_is_compared(whole, name):
+    """It has moved, with either timing, and is neither the student nor what it was."""
+    weights = weights_of(whole(name))
+    prefix = "teacher.module."
+    teacher = [key for key in weights if key.startswith(prefix) and not key.startswith(prefix + "positional.")]
+    assert teacher
+    for key in teacher:
+        assert not torch.equal(weights[key], weights[key.replace(prefix, "encoder.transformer.")]), key
+    copied = [key for key in weights if key.startswith(prefix + "positional.")]
+    # by step the last move comes after the last update, by fairseq before it
+    same = all(torch.equal(weights[key], weights[key.replace(prefix, "encoder.transformer.")]) for key in copied)
+    assert copied and same == (name == "data2vec, step")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +167,10 @@ def random_stops(seed: int) -> list[Stop]:
         # each session with another number of workers
         ("ctc", (0, 2, 0, 1), 5),
         ("asr", (2, 0, 1, 0), 6),
+        ("data2vec, step", (0, 2, 0, 1), 7),
+        ("data2vec, fairseq", (0, 0, 0, 0), 8),
+        ("data2vec of text, step", (0, 2, 0, 1), 9),
+        ("data2vec of text, fairseq", (0, 0, 0, 0), 10),
     ],
 )
 def test_interrupted_at_three_random_places_it_ends_with_the_same_bits(whole, tmp_path, name, workers, seed):
@@ -187,14 +228,15 @@ def test_torchrun_with_two_processes_equals_one_with_twice_the_accumulation(whol
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
 
 
-def test_two_processes_pretrain_as_one_does(whole, tmp_path):
-    kind, expected = KINDS["pretraining"], whole("pretraining")
+@pytest.mark.parametrize("name", ["pretraining", "data2vec, step", "data2vec of text, step"])
+def test_two_processes_pretrain_as_one_does(whole, tmp_path, name):
+    kind, expected = KINDS[name], whole(name)
     ended = kind.run(tmp_path, processes=2)
     assert "2 ranks, 2 accumulated on each" in ended.stderr
     # one that outlives the group aborts the ending process now and then, and torchrun then calls the run failed
     assert "threads of the process group left: []" in ended.stderr
-    difference, name = largest_difference(tmp_path, expected)
-    assert difference <= 1e-6, name
+    difference, tensor = largest_difference(tmp_path, expected)
+    assert difference <= 1e-6, tensor
     assert_nearly_equal_rows(tmp_path, expected)
 
 

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults.real_runs import (
+    DATA2VEC,
     FIXTURES,
     PRETRAINING,
     ROOT,
     TEMPLATE,
     Ended,
+    data2vec_words,
     digits_words,
     environment,
     pretraining_words,
@@ -96,6 +98,21 @@ def test_without_its_letters_a_fine_tuned_model_cannot_be_scored(tmp_path):
         f"{tmp_path / 'model.pt'}: nothing says which letters the model's 32 outputs are; put its dictionary beside it "
         "(dict.ltr.txt of fairseq's, or vocab.json in a Hugging Face folder)."
     )
+
+
+def test_data2vec_goes_to_fairseq_and_on_from_there(tmp_path):
+    """With a rate of 0 and a teacher that stays, student, head and teacher are what the file held, bit for bit."""
+    wider = {"model.encoder.dim": 24}  # than the convolutions: fairseq's data2vec always projects their features
+    done(DATA2VEC, data2vec_words(tmp_path / "first", **wider))
+    ended = command("convert", tmp_path / "first" / "model", tmp_path / "x.pt", "--to", "fairseq")
+    assert ended.code == 0 and "left out" not in ended.stdout, ended.stderr
+    keys = {"pretrained": tmp_path / "x.pt", "lr": 0.0, "model.ema_decay": "[1.0, 1.0, 1]",
+            "model.ema_layers_only": "False"}  # fmt: skip
+    ended = done(DATA2VEC, data2vec_words(tmp_path / "second", **wider, **keys))
+    assert f"tensors from {tmp_path / 'x.pt'}" in ended.stderr
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys() and any(name.startswith("teacher.module.") for name in first)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_pretraining_goes_on_from_fairseq(tmp_path):

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from tests.parity.case_ctc import compare_ctc  # noqa: E402
+from tests.parity.case_data2vec import compare_audio, compare_text  # noqa: E402
 from tests.parity.case_pretraining import compare_pretraining  # noqa: E402
 from tests.parity.recording import CHECKPOINT, META, Recording, RecordingError, Tolerance, read_recording  # noqa: E402
 from tests.parity.report import Measured, Row, compare_all, summary, table  # noqa: E402
@@ -29,16 +30,17 @@ from tests.parity.running import Setup  # noqa: E402
 from toolkit.errors import ToolkitError  # noqa: E402
 from toolkit.models.convert import load_pretrained  # noqa: E402
 from toolkit.models.ctc import CTCModel  # noqa: E402
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText  # noqa: E402
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining  # noqa: E402
 from toolkit.training.devices import resolve_device  # noqa: E402
 
-KINDS: dict[str, tuple[type[nn.Module], Callable[[Recording, nn.Module, Setup], Measured]] | None] = {
+KINDS: dict[str, tuple[type[nn.Module], Callable[[Recording, nn.Module, Setup], Measured]]] = {
     "wav2vec2": (Wav2Vec2Pretraining, compare_pretraining),
     "wav2vec_ctc": (CTCModel, compare_ctc),
-    "data2vec_audio": None,
-    "data2vec_text": None,
+    "data2vec_audio": (Data2VecAudio, compare_audio),
+    "data2vec_text": (Data2VecText, compare_text),
 }
-"""By the model's name in the recorded settings: the model it must load as, and the case. None: no objective yet."""
+"""By the model's name in the recorded settings: the model it must load as, and the case."""
 
 BF16 = {
     "activations": "rtol 5e-2 of max",
@@ -70,14 +72,7 @@ def compare_folder(folder: str, setup: Setup, only_outside: bool = False) -> boo
     kind = kind_of(recording)
     path = recording.folder / CHECKPOINT
     model, info = load_pretrained(path, device=setup.device.torch_device)
-    case = KINDS[kind]
-    if case is None:
-        print(
-            f"{folder}: the checkpoint opens ({info.kind}, {info.source}), but the objective of {kind} is not built "
-            "yet; nothing was compared."
-        )
-        return False
-    expected, compare = case
+    expected, compare = KINDS[kind]
     if not isinstance(model, expected):
         raise RecordingError(f"{path}: {META} says {kind}, but the file holds a {type(model).__name__}.")
     print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from tests.parity.recording import Recording, Tolerance
 EQUAL = "equal"
 """The kind of everything that must be the same: whole numbers, masks, codes, lists of names."""
 
-GROUPS = ("in", "rand", "mid", "out", "train", "unmasked", "eval", "grad_frozen", "grad")
+GROUPS = ("in", "rand", "ema", "mid", "out", "full", "train", "unmasked", "eval", "grad_frozen", "grad")
 """Beginnings of recorded names, in the order in which they are printed."""
 
 
@@ -53,6 +54,7 @@ class Measured:
 
     values: dict[str, Value] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
+    others: list[tuple[str, Value, Any]] = field(default_factory=list)
 
     def add(self, name: str, ours: Any, kind: str = "activations", **options: Any) -> None:
         """Say a tensor."""
@@ -62,13 +64,17 @@ class Measured:
         """Say a scalar of the section ``scalars``."""
         self.values["scalars." + path] = Value(ours, kind, **options)
 
+    def beside(self, name: str, ours: Any, theirs: Any, kind: str) -> None:
+        """Say something that is recorded elsewhere: in the checkpoint itself."""
+        self.others.append((name, Value(ours, kind), theirs))
+
 
 def compare_all(recording: Recording, measured: Measured, tolerances: Mapping[str, Tolerance]) -> list[Row]:
     """A row for every recorded tensor, in the order of the forward pass, and for every scalar."""
     said = {name: place for place, name in enumerate(measured.values)}
 
     def place(name: str) -> tuple[int, int, str]:
-        group = name.split(".")[0]
+        group = re.sub(r"^ema\d+b?$", "ema", name.split(".")[0])
         return (GROUPS.index(group) if group in GROUPS else len(GROUPS), said.get(name, len(said)), name)
 
     rows = []
@@ -80,12 +86,15 @@ def compare_all(recording: Recording, measured: Measured, tolerances: Mapping[st
             rows.append(Row(name, None, None, "", "NOT COMPARED", False))
         else:
             rows.append(compare_one(name, measured.values[name], theirs, tolerances))
-    return rows
+    return rows + [compare_one(name, value, theirs, tolerances) for name, value, theirs in measured.others]
 
 
 def compare_one(name: str, value: Value, theirs: Any, tolerances: Mapping[str, Tolerance]) -> Row:
     """One quantity against the recorded one."""
-    if isinstance(theirs, (str, list, type(None))) or isinstance(value.ours, (set, frozenset, list)):
+    if value.ours is None or theirs is None:
+        same = value.ours is theirs
+        return Row(name, float(not same), None, EQUAL, "ok" if same else f"NO NUMBER ({theirs!r})", same)
+    if isinstance(theirs, (str, list)) or isinstance(value.ours, (set, frozenset, list)):
         return _compare_words(name, value, theirs)
     try:
         theirs = torch.as_tensor(theirs)

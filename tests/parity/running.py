@@ -14,6 +14,7 @@ from tests.parity.report import Measured
 from toolkit.models.convert.common import export_tensors
 from toolkit.models.convert.fairseq_names import names_table
 from toolkit.models.ctc import CTCModel
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.nn.fast.common import set_fast
 from toolkit.nn.feature_extractor import FeatureExtractor
@@ -117,7 +118,8 @@ def watch(model: nn.Module, **modules: str) -> dict[str, Tensor]:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients that the model has now, copied, under the originals' names."""
     ours = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
-    kind = "ctc" if isinstance(model, CTCModel) else "wav2vec2_pretraining"
+    classes = {CTCModel: "ctc", Data2VecAudio: "data2vec_audio", Data2VecText: "data2vec_text"}
+    kind = classes.get(type(model), "wav2vec2_pretraining")
     return export_tensors(names_table(kind, model.config), ours)
 
 

@@ -136,13 +136,11 @@ class TargetRule:
             total = F.mse_loss(predictions, targets, reduction="sum")
         return total * (predictions.shape[1] ** -0.5 if self.loss_scale is None else self.loss_scale)
 
-    def output(
-        self, predictions: Tensor, targets: Tensor, *, decay: float, num_positions: int, empty: Tensor
-    ) -> Data2VecOutput:
-        """Loss and statistics of the S masked positions; ``empty`` gives the gradient's beginning where S is 0."""
+    def output(self, predictions: Tensor, targets: Tensor, *, decay: float, num_positions: int) -> Data2VecOutput:
+        """Loss and statistics of the S masked positions; where S is 0 the loss is 0, and so are its gradients."""
         zero = predictions.new_zeros(())
         return Data2VecOutput(
-            loss_sum=self.loss(predictions, targets) if len(predictions) else empty.sum() * 0,
+            loss_sum=self.loss(predictions, targets),
             num_masked=len(predictions),
             target_deviation=deviation(targets) if len(targets) > 1 else zero,
             prediction_deviation=deviation(predictions.detach()) if len(targets) > 1 else zero,
@@ -206,10 +204,17 @@ class _Student(nn.Module):
         """
         if self.ema_timing == "step":
             self.teacher.move(self._student(), update=update)
+        self.teacher.forget()
+
+    def give_up_update(self) -> None:
+        """The teacher as it was before the moves of an update that is left unfinished, and will be made again; a
+        recipe calls it in ``on_update_given_up``."""
+        self.teacher.go_back()
 
     def _begin_forward(self, update: int) -> float:
         """Move as fairseq does, if asked to; the decay that the teacher was moved by last."""
         if self.training and self.ema_timing == "fairseq" and update > 0:
+            self.teacher.remember(update)
             self.teacher.move(self._student(), update=update)
         return self.teacher.decay.at(update)
 
@@ -320,7 +325,6 @@ class Data2VecAudio(_Student):
             targets,
             decay=decay,
             num_positions=int(encoded.frame_lengths.sum()),
-            empty=widened(encoded.features),
         )
 
     @torch.no_grad()
@@ -469,7 +473,6 @@ class Data2VecText(_Student):
             targets,
             decay=decay,
             num_positions=int((~encoded.padding).sum()),
-            empty=widened(encoded.features),
         )
 
     def _predicted(self, features: Tensor) -> Tensor:

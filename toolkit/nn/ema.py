@@ -83,6 +83,8 @@ class Teacher(nn.Module):
         for pattern in self.copied:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ModelError(f"no parameter of the student fits {pattern!r}, which was to be copied, not averaged.")
+        # (update, tensors before its first move), of a teacher that moves in the middle of an update
+        self._kept: tuple[int, list[torch.Tensor]] | None = None
         self.module = copy.deepcopy(student).requires_grad_(False).eval()
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -102,6 +104,22 @@ class Teacher(nn.Module):
         theirs = dict(student.named_parameters())
         names, own = zip(*self.module.named_parameters(), strict=True)
         torch._foreach_copy_(list(own), [theirs[name] for name in names])
+
+    def remember(self, update: int) -> None:
+        """Keep the weights as they are, for :meth:`go_back`; only the first time for the same ``update``."""
+        if self._kept is None or self._kept[0] != update:
+            self._kept = update, [parameter.detach().clone() for parameter in self.module.parameters()]
+
+    def forget(self) -> None:
+        """What was kept is not needed any more: the update is finished."""
+        self._kept = None
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """To the weights that were kept, if any were."""
+        if self._kept is not None:
+            torch._foreach_copy_(list(self.module.parameters()), self._kept[1])
+        self.forget()
 
     @torch.no_grad()
     def move(self, student: nn.Module, *, update: int) -> float:

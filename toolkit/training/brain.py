@@ -159,6 +159,10 @@ class Brain:
     def on_update_end(self, result: StepResult) -> None:
         """After each optimizer update; the values of ``result`` are tensors on the device."""
 
+    def on_update_given_up(self) -> None:
+        """Before a checkpoint in the middle of an update, which the next session makes from its beginning: undo what
+        ``compute_forward`` changed since the last update, if it changes anything."""
+
     def init_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over ``self.modules``."""
         if self.opt_class is None:
@@ -274,6 +278,7 @@ class Brain:
                 elif stop.received and self.world.size == 1:
                     # The unfinished gradient is given up: the next session makes this update from its beginning.
                     self._begin_update()
+                    self.on_update_given_up()
                     self._save_and_requeue()
         self.progress.meter.pause()
 
@@ -290,6 +295,7 @@ class Brain:
             # theirs, and a checkpoint takes all: nothing is saved then.
             if self.world.size == 1 and self.update > self._first_update and _is_users(error):
                 self._begin_update()
+                self.on_update_given_up()
                 self.saver.save()
             raise
 

@@ -46,6 +46,10 @@ class TextPretraining(Brain):
         """The teacher moves towards its student."""
         self.modules.model.finish_update(self.update)
 
+    def on_update_given_up(self) -> None:
+        """A teacher that moved with its micro-batches goes back."""
+        self.modules.model.give_up_update()
+
 
 def read_parts(experiment: Experiment) -> tuple[TextDictionary, TextBlocks | None, dict[str, TextBlocks]]:
     """The dictionary, the blocks to train on (None with test_only), and those of the other parts by name."""

@@ -553,6 +553,29 @@ def test_an_error_of_the_training_data_saves_the_updates_before_it(tmp_path, err
     assert torch.equal(weights_of(resumed), weights_of(whole))
 
 
+@pytest.mark.parametrize("how", ["stop", "stop in the last", "error"])
+def test_a_checkpoint_in_the_middle_of_an_update_is_told_before(tmp_path, how):
+    """So that what a forward pass changed can be undone first; a finished update is not given up."""
+    told = []
+
+    class Told(Regression):
+        def compute_forward(self, batch, now):
+            if how.startswith("stop") and (self.update, self.rng.keys[-1]) == (2, int(how != "stop")):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if (self.update, self.rng.keys[-1]) == (2, 1) and how == "error":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_forward(batch, now)
+
+        def on_update_given_up(self):
+            told.append((self.update, saved_updates(tmp_path)))
+
+    loader = ListLoader(*[[pairs(0, 4), pairs(4, 6)]] * 5)
+    with pytest.raises((SystemExit, torch.OutOfMemoryError)):
+        make(Told, checkpointer=Checkpointer(tmp_path), max_updates=5).fit(loader)
+    finished = how == "stop in the last"
+    assert told == ([] if finished else [(2, [])]) and saved_updates(tmp_path) == [3 if finished else 2]
+
+
 def test_an_error_before_the_first_update_or_of_the_program_saves_nothing(tmp_path):
     loader = ClosableLoader([pairs(0, 4)], error=AudioError("too much"), at=0)
     with pytest.raises(AudioError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -164,6 +164,30 @@ def _row_of(table: Sequence[Row], name: str) -> tuple[Row, list[tuple[str, ...]]
         if spellings is not None:
             return row, spellings
     raise CheckpointError(f"the format has no name for the tensor {name}; this model cannot be written in it.")
+
+
+ENCODER_KINDS = {"data2vec_audio": "wav2vec2_encoder", "data2vec_text": "text_encoder"}
+"""The kind that is left of a data2vec model without its teacher and head."""
+
+
+def encoder_alone(converted: Converted) -> Converted:
+    """A data2vec model's encoder, the other tensors named as left out; any other model as it is."""
+    config, info = converted.config, converted.info
+    if config.kind not in ENCODER_KINDS:
+        return converted
+    kind, prefix = ENCODER_KINDS[config.kind], "encoder."
+
+    def inner(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+    left = tuple(name for name in converted.tensors if not name.startswith(prefix))
+    return replace(
+        converted,
+        config=replace(config, kind=kind, architecture=dict(config.architecture["encoder"])),
+        tensors=converted.part("encoder"),
+        info=replace(info, kind=kind, unused=(*info.unused, *left), fresh=inner(info.fresh)),
+        missing=inner(converted.missing),
+    )
 
 
 def split_unused(names: Iterable[str], patterns: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,12 +18,14 @@ from toolkit.models.convert.fairseq_config import (
     TEXT_PADDING,
     ctc_architecture,
     encoder_architecture,
+    kept_encoder,
     kept_settings,
     pretraining_architecture,
     text_architecture,
     training_notes,
 )
-from toolkit.models.convert.fairseq_names import CTC_PREFIX, TEXT_PREFIX, names_table
+from toolkit.models.convert.fairseq_data2vec import objective_architecture
+from toolkit.models.convert.fairseq_names import CTC_PREFIX, HEADS, TEACHERS, TEXT_PREFIX, names_table
 from toolkit.models.convert.fairseq_settings import Settings, plain, read_settings, setting
 from toolkit.models.convert.fairseq_write import write_fairseq
 from toolkit.models.convert.unpickle import StandIn
@@ -32,19 +34,17 @@ from toolkit.models.model_files import TEXT_KINDS, ModelConfig
 __all__ = ["is_fairseq", "read_fairseq", "write_fairseq"]
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
-HEADS = ("quantizer.*", "project_q.*", "final_proj.*", "target_glu.*")
+QUANTIZER = ("quantizer.*", "project_q.*", "target_glu.*")
+AUDIO_HEADS = (*QUANTIZER, HEADS["data2vec_audio"] + "*", TEACHERS["data2vec_audio"] + "*")
 """What a pretraining model has on top of its encoder."""
+TEXT_HEADS = (TEXT_PREFIX + "version", "encoder.lm_head.*", "classification_heads.*")
 UNUSED: dict[str, tuple[str, ...]] = {
     "wav2vec2_pretraining": (),
-    "wav2vec2_encoder": (*HEADS, "_ema.*"),
-    "text_encoder": (
-        TEXT_PREFIX + "version",
-        "encoder.regression_head.*",
-        "encoder.lm_head.*",
-        "encoder._ema.*",
-        "classification_heads.*",
-    ),
-    "ctc": tuple(CTC_PREFIX + pattern for pattern in (*HEADS, "_ema.*")),
+    "wav2vec2_encoder": AUDIO_HEADS,
+    "data2vec_audio": QUANTIZER,
+    "text_encoder": (*TEXT_HEADS, HEADS["data2vec_text"] + "*", TEACHERS["data2vec_text"] + "*"),
+    "data2vec_text": (*TEXT_HEADS, TEACHERS["data2vec_text"] + "version"),
+    "ctc": tuple(CTC_PREFIX + pattern for pattern in AUDIO_HEADS),
 }
 
 
@@ -74,18 +74,33 @@ def read_fairseq(contents: Mapping[str, Any], path: Path) -> Converted:
     if name == "wav2vec_ctc":
         return _read_ctc(contents, settings, weights, path, notes)
     notes += training_notes(settings.model)
-    if name == "data2vec_text":
-        kind, architecture = "text_encoder", _text_architecture(settings, weights, path)
-    elif name == "data2vec_audio":
-        kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=True, path=path)
+    if name in ("data2vec_text", "data2vec_audio"):
+        kind, architecture, more = _data2vec(name, settings, weights, kept_settings(contents), path)
+        notes += more
     elif any(key.startswith(("quantizer.", "project_q.", "final_proj.")) for key in weights):
         kind, architecture = "wav2vec2_pretraining", pretraining_architecture(settings, path)
     else:
         kind, architecture = "wav2vec2_encoder", encoder_architecture(settings.model, data2vec=False, path=path)
         notes += ("there are no tensors of the quantizer and its projections: this is the encoder alone",)
-    if kind != "text_encoder":
-        architecture.get("encoder", architecture).update(kept_settings(contents))
+    if kind not in TEXT_KINDS:
+        architecture.get("encoder", architecture).update(kept_encoder(kept_settings(contents)))
     return _converted(kind, architecture, settings, weights, path, notes)
+
+
+def _data2vec(
+    name: str, settings: Settings, weights: Mapping[str, Tensor], kept: Mapping[str, Any], path: Path
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Kind, arguments and notes: the whole model, or its encoder where the objective is not there or not known."""
+    text = name == "data2vec_text"
+    if text:
+        encoder = _text_architecture(settings, weights, path)
+    else:
+        encoder = encoder_architecture(settings.model, data2vec=True, path=path)
+    objective, notes = objective_architecture(name, settings.model, weights, kept, path)
+    if not objective:
+        return "text_encoder" if text else "wav2vec2_encoder", encoder, notes
+    symbols = {"mask_id": encoder["vocab_size"] - 1} if text else {}  # the task adds the mask to its dictionary, last
+    return name, {"encoder": encoder, **symbols, **objective}, notes
 
 
 def _text_architecture(settings: Settings, weights: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
@@ -116,7 +131,7 @@ def _read_ctc(
         raise CheckpointError(f"{path}: the output layer w2v_encoder.proj.weight is missing; the file is no CTC model.")
     architecture = ctc_architecture(settings, inner, data2vec=name == "data2vec_audio", path=path)
     architecture["vocab_size"] = len(head)
-    architecture["encoder"] |= kept_settings(contents)
+    architecture["encoder"] |= kept_encoder(kept_settings(contents))
     tokenizer = _tokenizer(settings, contents.get("task_state"), len(head), path)
     notes += training_notes({**inner.model, **settings.model})
     if tokenizer is None:

@@ -183,10 +183,14 @@ def training_notes(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def kept_settings(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder's settings that only files written by this toolkit hold."""
+    """The settings that only files written by this toolkit hold, as they stand there."""
     extra = contents.get("extra_state")
     kept = extra.get("toolkit") if isinstance(extra, Mapping) else None
-    kept = kept if isinstance(kept, Mapping) else {}
+    return dict(kept) if isinstance(kept, Mapping) else {}
+
+
+def kept_encoder(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the encoder."""
     return {key: kept[key] for key, kind in KEPT_SETTINGS.items() if type(kept.get(key)) is kind}
 
 

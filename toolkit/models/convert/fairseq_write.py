@@ -21,7 +21,9 @@ from toolkit.models.convert.fairseq_config import (
     TEXT_PADDING,
     TEXT_SETTINGS,
 )
-from toolkit.models.convert.fairseq_names import TEXT_PREFIX, names_table
+from toolkit.models.convert.fairseq_data2vec import kept_choices, objective_settings
+from toolkit.models.convert.fairseq_names import TEACHERS, TEXT_PREFIX, names_table
+from toolkit.models.model_files import TEXT_KINDS
 
 LETTERS_FILE = "dict.ltr.txt"
 
@@ -113,18 +115,29 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     rate, normalize = converted.config.sample_rate, converted.config.normalize
     if kind == "ctc":
         settings = _ctc_settings(architecture, rate, normalize)
-    elif kind == "text_encoder":
-        settings = _text_settings(architecture, path)
+    elif kind in TEXT_KINDS:
+        settings = _text_settings(kind, architecture, path)
     else:
         settings = _pretraining_settings(kind, architecture, rate, normalize, path)
-    weights = export_tensors(names_table(kind, architecture), tensors)
-    if kind == "text_encoder":
-        weights[TEXT_PREFIX + "version"] = torch.tensor([TEXT_VERSION])
+    weights = _weights(kind, export_tensors(names_table(kind, architecture), tensors))
     contents = _contents(settings, weights, _kept(kind, architecture))
     path.parent.mkdir(parents=True, exist_ok=True)
     if converted.tokenizer is not None and kind == "ctc":
         _write_dictionary(converted.tokenizer, path)
     _save(contents, path)
+
+
+def _weights(kind: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """The tensors as a file holds them: a teacher's in a dict of their own, and each text encoder's version."""
+    if kind in TEXT_KINDS:
+        weights[TEXT_PREFIX + "version"] = torch.tensor([TEXT_VERSION])
+    if kind not in TEACHERS:
+        return weights
+    prefix = TEACHERS[kind]
+    teacher = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+    if kind in TEXT_KINDS:
+        teacher["version"] = torch.tensor([TEXT_VERSION])
+    return weights | {prefix.removesuffix("."): teacher}
 
 
 def _contents(settings: dict[str, Any], weights: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +184,7 @@ def _groups(model: dict[str, Any], task: dict[str, Any], criterion: dict[str, An
 
 
 def _encoder_settings(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the encoder, under the name of the pretraining that it looks like."""
     norms = {ours: theirs for theirs, ours in EXTRACTOR_NORMS.items()}
     return {
         "_name": "data2vec_audio" if _is_data2vec(encoder) else "wav2vec2",
@@ -190,11 +204,13 @@ def _is_data2vec(encoder: Mapping[str, Any]) -> bool:
 
 def _kept(kind: str, architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that the names and values above do not tell, where they are not fairseq's."""
-    if kind == "text_encoder":
-        return {}
+    choices = kept_choices(kind, architecture)
+    if kind in TEXT_KINDS:
+        return choices
     encoder = architecture.get("encoder", architecture)
-    theirs = {"norm_over_padding": True, "min_masks": 1 if _is_data2vec(encoder) else 2}
-    return {key: encoder[key] for key in KEPT_SETTINGS if encoder[key] != theirs[key]}
+    data2vec = kind == "data2vec_audio" or _is_data2vec(encoder)
+    theirs = {"norm_over_padding": True, "min_masks": 1 if data2vec else 2}
+    return {key: encoder[key] for key in KEPT_SETTINGS if encoder[key] != theirs[key]} | choices
 
 
 def _pretraining_settings(
@@ -206,7 +222,16 @@ def _pretraining_settings(
         criterion = {"_name": "model"} if model["_name"] == "data2vec_audio" else {"_name": "wav2vec", "infonce": True}
         return _groups(model, task, criterion)
     encoder = architecture["encoder"]
-    if encoder["conv_layers"][-1][0] == encoder["dim"] and encoder["always_project"]:
+    equal_widths = encoder["conv_layers"][-1][0] == encoder["dim"]
+    if kind == "data2vec_audio":
+        if equal_widths and not encoder["always_project"]:
+            raise CheckpointError(
+                f"{path}: the model does not project features that have the transformer's width already "
+                "(always_project), as fairseq's data2vec does; build it with always_project: True."
+            )
+        objective = objective_settings(kind, architecture, path)
+        return _groups({**_encoder_settings(encoder), "_name": kind, **objective}, task, {"_name": "model"})
+    if equal_widths and encoder["always_project"]:
         raise CheckpointError(
             f"{path}: the model projects features that have the transformer's width already (always_project), which "
             "fairseq's wav2vec 2.0 cannot; its encoder alone can be written."
@@ -257,7 +282,8 @@ def _ctc_settings(architecture: Mapping[str, Any], rate: int, normalize: bool) -
     return _groups(model, outer, criterion)
 
 
-def _text_settings(architecture: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _text_settings(kind: str, whole: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    architecture = whole.get("encoder", whole)
     if architecture["padding_id"] != TEXT_PADDING:
         raise CheckpointError(
             f"{path}: the model's padding_id is {architecture['padding_id']}, in fairseq it is always {TEXT_PADDING}."
@@ -268,7 +294,7 @@ def _text_settings(architecture: Mapping[str, Any], path: Path) -> dict[str, Any
     model = {
         "_name": "data2vec_text",
         "max_positions": positions,
-        "head_layers": 1,
+        **_text_objective(kind, whole, path),
         "transformer": {
             "_name": None,
             **TEXT_TRANSFORMER,
@@ -284,6 +310,18 @@ def _text_settings(architecture: Mapping[str, Any], path: Path) -> dict[str, Any
     }
     task = {"_name": "masked_lm", "data": ".", "tokens_per_sample": positions}
     return _groups(model, task, {"_name": "model"})
+
+
+def _text_objective(kind: str, architecture: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if kind == "text_encoder":
+        return {"head_layers": 1}
+    last = architecture["encoder"]["vocab_size"] - 1
+    if architecture["mask_id"] != last:
+        raise CheckpointError(
+            f"{path}: the model's mask_id is {architecture['mask_id']}, in fairseq it is always the last of the "
+            f"vocabulary, {last}."
+        )
+    return objective_settings(kind, architecture, path)
 
 
 def _write_dictionary(tokenizer: LetterTokenizer, path: Path) -> None:

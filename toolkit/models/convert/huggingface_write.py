@@ -16,7 +16,7 @@ from torch import Tensor
 
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError
-from toolkit.models.convert.common import Converted, export_tensors
+from toolkit.models.convert.common import Converted, encoder_alone, export_tensors
 from toolkit.models.convert.huggingface_config import PREFIXES, architecture_of, complete, settings_of
 from toolkit.models.convert.huggingface_names import (
     HEAD_TABLE,
@@ -33,7 +33,7 @@ from toolkit.models.model_files import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, f
 
 
 def write_huggingface(converted: Converted, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` opens, whole or not at all.
+    """Write a folder that ``from_pretrained`` opens, whole or not at all; of a data2vec model its encoder.
 
     Raises
     ------
@@ -42,6 +42,7 @@ def write_huggingface(converted: Converted, folder: Path) -> None:
     """
     target = Path(folder).absolute()
     _refuse_other_files(target)
+    converted = encoder_alone(converted)
     kind = converted.config.kind
     config, files, rows = _describe(converted)
     expected = expected_shapes(kind, converted.config.architecture, source=target)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.errors import CheckpointError
-from toolkit.models.convert.common import Converted
+from toolkit.models.convert.common import ENCODER_KINDS, Converted, encoder_alone
 from toolkit.models.convert.fairseq import write_fairseq
 from toolkit.models.convert.huggingface import write_huggingface
 from toolkit.models.convert.load import build_converted
@@ -35,7 +35,7 @@ WRITERS: dict[str, Callable[[Converted, Path], None]] = {
 """What a model can be written as, by name."""
 
 
-def write_pretrained(converted: Converted, path: str | os.PathLike[str], *, to: str) -> None:
+def write_pretrained(converted: Converted, path: str | os.PathLike[str], *, to: str) -> tuple[str, ...]:
     """Write a model that was read.
 
     Arguments
@@ -43,6 +43,10 @@ def write_pretrained(converted: Converted, path: str | os.PathLike[str], *, to: 
     converted : see :func:`toolkit.models.convert.read.read_pretrained`.
     path : a new folder, or a new ``.pt`` file for fairseq.
     to : one of WRITERS.
+
+    Returns
+    -------
+    A line for each thing that the form cannot hold and that was left out.
 
     Raises
     ------
@@ -55,3 +59,7 @@ def write_pretrained(converted: Converted, path: str | os.PathLike[str], *, to: 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already; name a new path, nothing is overwritten.")
     WRITERS[to](converted, path)
+    if to != "huggingface" or converted.config.kind not in ENCODER_KINDS:
+        return ()
+    left = len(converted.tensors) - len(encoder_alone(converted).tensors)
+    return (f"left out: the teacher and the head of data2vec ({left} tensors), for transformers has its encoder alone",)

@@ -479,9 +479,9 @@ def test_what_transformers_lacks_is_refused_in_a_sentence(changes, words, tmp_pa
 
 
 def test_other_kinds_and_tokens_are_refused(tmp_path):
-    config = ModelConfig("data2vec_audio", {}, 16000, True, None, {})
-    info = PretrainedInfo("data2vec_audio", "toolkit", 16000, True)
-    with pytest.raises(CheckpointError, match="kind 'data2vec_audio'"):
+    config = ModelConfig("hubert", {}, 16000, True, None, {})
+    info = PretrainedInfo("hubert", "toolkit", 16000, True)
+    with pytest.raises(CheckpointError, match="kind 'hubert'"):
         write_huggingface(Converted(config, {}, info), tmp_path / "hf")
     start = saved(tmp_path / "model", *CASES["ctc"])
     pieces = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
