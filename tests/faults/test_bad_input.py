@@ -591,8 +591,8 @@ FOREIGN_MODELS = {
     "code as setting": (configured(architecture={"encoder": {"_target_": "os.system"}}),
                         "{}: there is the setting '_target_' for the encoder, which this version cannot build."),
     "no number": (configured(architecture={"encoder": {"conv_layers": "x"}}),
-                  "{}: its settings make no encoder (invalid literal for int() with base 10: 'x'); was "
-                  "the folder written by another program?"),
+                  "{}: its settings make no model of kind 'ctc' (invalid literal for int() with base 10: "
+                  "'x'); was the folder written by another version?"),
     "half a config": (written("config.json", '{"kind": '),
                       "{}/config.json: this is no whole JSON file (Expecting value: line 1 column 10 (char 9)); copy "
                       "the folder again."),

@@ -9,8 +9,8 @@ from pathlib import Path
 from toolkit.data.audio import audio_info
 from toolkit.data.fairseq_format import FAIRSEQ_RATE
 from toolkit.data.manifest import Manifest, read_manifest, write_manifest
-from toolkit.data.tokens import LetterTokenizer
-from toolkit.errors import AudioError
+from toolkit.data.tokens import LETTERS_FILE, LetterTokenizer
+from toolkit.errors import AudioError, ManifestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Read, write and say what was written."""
     manifest = read_manifest(arguments.input, sample_rate=arguments.sample_rate, root=arguments.audio_folder)
     output = Path(arguments.output)
+    names = [output, *(output.with_suffix(end) for end in (".wrd", ".ltr") if output.suffix.lower() == ".tsv")]
+    names += [output.with_name(LETTERS_FILE)] if arguments.dictionary else []
+    if there := [name for name in names if name.exists()]:
+        raise ManifestError(f"{there[0]} is there already; name a new path, nothing is overwritten.")
     if output.suffix.lower() == ".tsv":
         files = write_fairseq_manifest(
             output,

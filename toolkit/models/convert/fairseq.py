@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError, TokenError
-from toolkit.models.convert.common import Converted, PretrainedInfo, empty_model, import_tensors, split_unused
+from toolkit.models.convert.common import Converted, PretrainedInfo, split_unused
 from toolkit.models.convert.fairseq_config import (
     SAMPLE_RATE,
     TEXT_PADDING,
@@ -20,6 +20,7 @@ from toolkit.models.convert.fairseq_config import (
     encoder_architecture,
     kept_encoder,
     kept_settings,
+    kept_tokens,
     pretraining_architecture,
     text_architecture,
     training_notes,
@@ -28,6 +29,7 @@ from toolkit.models.convert.fairseq_data2vec import objective_architecture
 from toolkit.models.convert.fairseq_names import CTC_PREFIX, HEADS, TEACHERS, TEXT_PREFIX, names_table
 from toolkit.models.convert.fairseq_settings import Settings, plain, read_settings, setting
 from toolkit.models.convert.fairseq_write import write_fairseq
+from toolkit.models.convert.shapes import expected_shapes, import_checked
 from toolkit.models.convert.unpickle import StandIn
 from toolkit.models.model_files import TEXT_KINDS, ModelConfig
 
@@ -132,7 +134,8 @@ def _read_ctc(
     architecture = ctc_architecture(settings, inner, data2vec=name == "data2vec_audio", path=path)
     architecture["vocab_size"] = len(head)
     architecture["encoder"] |= kept_encoder(kept_settings(contents))
-    tokenizer = _tokenizer(settings, contents.get("task_state"), len(head), path)
+    options = kept_tokens(kept_settings(contents))
+    tokenizer = _tokenizer(settings, contents.get("task_state"), options, len(head), path)
     notes += training_notes({**inner.model, **settings.model})
     if tokenizer is None:
         notes += ("no dictionary (dict.ltr.txt) lies beside the file: the meaning of the outputs is not known",)
@@ -148,23 +151,12 @@ def _converted(
     notes: tuple[str, ...],
     tokenizer: LetterTokenizer | None = None,
 ) -> Converted:
-    try:
-        model = empty_model(kind, architecture, source=path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: the settings in it make no model ({error.__cause__ or error}).") from error
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    try:
-        tensors, missing, rest = import_tensors(names_table(kind, architecture), weights, expected)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: the shapes of the tensors do not fit together ({error}).") from error
-    for name in tensors:
-        if tensors[name].shape != expected[name]:
-            raise CheckpointError(
-                f"{path}: by the settings in it {name} has the shape {tuple(expected[name])}, but the tensor's is "
-                f"{tuple(tensors[name].shape)}; the file is damaged or of a program that was changed."
-            )
+    expected = expected_shapes(kind, architecture, source=path, num_tensors=len(weights))
+    tensors, missing, rest = import_checked(names_table(kind, architecture), weights, expected, source=path)
     unused, unexpected = split_unused(rest, UNUSED[kind])
     rate = 0 if kind in TEXT_KINDS else setting(settings.task, "sample_rate", int, SAMPLE_RATE, path)
+    if rate < 1 and kind not in TEXT_KINDS:
+        raise CheckpointError(f"{path}: the setting sample_rate is {rate}, expected Hz above 0.")
     said = setting(settings.model, "normalize", bool, False, path)  # fine-tuned models say it in both places
     normalize = kind not in TEXT_KINDS and setting(settings.task, "normalize", bool, said, path)
     info = PretrainedInfo(
@@ -218,11 +210,13 @@ def _model_name(settings: Settings, weights: Mapping[str, Tensor], path: Path) -
     return name
 
 
-def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> LetterTokenizer | None:
+def _tokenizer(
+    settings: Settings, task_state: Any, options: dict[str, Any], rows: int, path: Path
+) -> LetterTokenizer | None:
     """The dictionary in the checkpoint, or beside it."""
     stored = task_state.get("target_dictionary") if isinstance(task_state, Mapping) else None
     if isinstance(stored, StandIn):
-        tokenizer, source = _stored_dictionary(plain(stored), path), "the dictionary in it"
+        tokenizer, source = _stored_dictionary(plain(stored), options, path), "the dictionary in it"
     else:
         labels = settings.task.get("labels")
         labels = labels if isinstance(labels, str) and re.fullmatch(r"[\w-]+", labels) else "ltr"
@@ -230,7 +224,7 @@ def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> Le
                      if path.with_name(f"dict.{kind}.txt").is_file()), None)  # fmt: skip
         if file is None:
             return None
-        tokenizer, source = LetterTokenizer.from_file(file), file.name
+        tokenizer, source = LetterTokenizer.from_file(file, **options), file.name
     if tokenizer.vocab_size != rows:
         raise CheckpointError(
             f"{path}: the model has {rows} outputs, but {source} holds {tokenizer.vocab_size} symbols, the four "
@@ -239,7 +233,7 @@ def _tokenizer(settings: Settings, task_state: Any, rows: int, path: Path) -> Le
     return tokenizer
 
 
-def _stored_dictionary(state: Any, path: Path) -> LetterTokenizer:
+def _stored_dictionary(state: Any, options: dict[str, Any], path: Path) -> LetterTokenizer:
     symbols, counts = (state.get(key) if isinstance(state, dict) else None for key in ("symbols", "count"))
     if not isinstance(symbols, list) or symbols[:4] != SPECIALS or not all(isinstance(name, str) for name in symbols):
         raise CheckpointError(f"{path}: the dictionary in it is not {', '.join(SPECIALS)} and then symbols.")
@@ -248,4 +242,4 @@ def _stored_dictionary(state: Any, path: Path) -> LetterTokenizer:
     if not isinstance(counts, list) or len(counts) != len(symbols) or any(type(count) is not int for count in counts):
         counts = [0] * len(symbols)
     pairs = list(zip(symbols, counts, strict=True))
-    return LetterTokenizer(dict(pairs[len(SPECIALS) :]), source=str(path))
+    return LetterTokenizer(dict(pairs[len(SPECIALS) :]), **options, source=str(path))

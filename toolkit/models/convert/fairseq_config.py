@@ -194,6 +194,14 @@ def kept_encoder(kept: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kept[key] for key, kind in KEPT_SETTINGS.items() if type(kept.get(key)) is kind}
 
 
+def kept_tokens(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the letters; without any an unknown character becomes ``<unk>``, as in fairseq."""
+    tokens = kept.get("tokens")
+    tokens = tokens if isinstance(tokens, Mapping) else {}
+    known = {name: tokens[name] for name in ("unknown", "case", "word_boundary") if isinstance(tokens.get(name), str)}
+    return {"unknown": "unk"} | known
+
+
 def encoder_architecture(model: Mapping[str, Any], *, data2vec: bool, path: Path) -> dict[str, Any]:
     """The encoder's arguments from the settings of a pretraining model.
 

@@ -86,7 +86,7 @@ TEXT_VERSION = 3.0
 def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint that fairseq opens, whole or not at all; a CTC model's ``dict.ltr.txt`` comes beside it.
 
-    A file that stands there already is replaced. The encoder of a model without its pretraining's heads is written
+    The encoder of a model without its pretraining's heads is written
     as what fairseq fine-tunes from.
 
     Arguments
@@ -120,7 +120,10 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     else:
         settings = _pretraining_settings(kind, architecture, rate, normalize, path)
     weights = _weights(kind, export_tensors(names_table(kind, architecture), tensors))
-    contents = _contents(settings, weights, _kept(kind, architecture))
+    kept = _kept(kind, architecture)
+    if isinstance(converted.tokenizer, LetterTokenizer) and kind == "ctc":
+        kept["tokens"] = converted.tokenizer.config
+    contents = _contents(settings, weights, kept)
     path.parent.mkdir(parents=True, exist_ok=True)
     if converted.tokenizer is not None and kind == "ctc":
         _write_dictionary(converted.tokenizer, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from toolkit.errors import CheckpointError
 from toolkit.models.convert.common import Converted, PretrainedInfo
 from toolkit.models.convert.fairseq import is_fairseq, read_fairseq
 from toolkit.models.convert.huggingface import is_huggingface, read_huggingface
+from toolkit.models.convert.shapes import expected_shapes
 from toolkit.models.convert.speechbrain import is_speechbrain, read_speechbrain
 from toolkit.models.convert.torchaudio import is_torchaudio, read_torchaudio
 from toolkit.models.convert.unpickle import read_pickle
-from toolkit.models.model_files import CONFIG_FILE, FORMAT, read_model_folder
+from toolkit.models.model_files import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_model_folder
 
 KNOWN = (
     "a model/ folder of this toolkit, a fairseq checkpoint (.pt), a Hugging Face folder (config.json with "
@@ -34,7 +36,15 @@ def read_pretrained(path: str | os.PathLike[str]) -> Converted:
     ------
     CheckpointError : there is no such file, it is damaged, of no known form, or of a model that the toolkit lacks.
     """
-    path = Path(path)
+    converted = _read(Path(path))
+    wrong = [name for name, value in converted.tensors.items() if not bool(value.isfinite().all())]
+    if not wrong:
+        return converted
+    note = f"{len(wrong)} tensors hold values that are not finite ({', '.join(wrong[:3])}); the model will not work"
+    return replace(converted, info=replace(converted.info, notes=(*converted.info.notes, note)))
+
+
+def _read(path: Path) -> Converted:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -52,6 +62,8 @@ def read_pretrained(path: str | os.PathLike[str]) -> Converted:
 def _read_folder(folder: Path, weights: Path | None = None) -> Converted:
     config = _json_config(folder)
     if config is not None and config.get("format") == FORMAT:
+        if weights is not None and weights.name != WEIGHTS_FILE:
+            raise CheckpointError(f"{weights}: the model of this folder is in {WEIGHTS_FILE}; give {folder}.")
         return _read_own(folder)
     if config is not None and is_huggingface(config):
         return read_huggingface(folder, weights)
@@ -84,13 +96,21 @@ def _beside_huggingface(path: Path) -> bool:
 
 def _read_own(folder: Path) -> Converted:
     contents = read_model_folder(folder)
-    tokenizer = load_tokenizer(folder) if contents.config.tokens else None
-    letters = tokenizer if isinstance(tokenizer, LetterTokenizer) else None
+    config, tensors = contents.config, contents.tensors
+    tokenizer = load_tokenizer(folder) if config.tokens else None
     info = PretrainedInfo(
-        kind=contents.config.kind,
+        kind=config.kind,
         source="toolkit",
-        sample_rate=contents.config.sample_rate,
-        normalize=contents.config.normalize,
-        labels=None if letters is None else letters.labels,
+        sample_rate=config.sample_rate,
+        normalize=config.normalize,
+        labels=tokenizer.labels if isinstance(tokenizer, LetterTokenizer) else None,
     )
-    return Converted(contents.config, contents.tensors, info, tokenizer=tokenizer)
+    expected = expected_shapes(config.kind, config.architecture, source=folder, num_tensors=len(tensors))
+    return Converted(
+        config,
+        {name: value for name, value in tensors.items() if name in expected},
+        info,
+        tokenizer=tokenizer,
+        missing=tuple(name for name in expected if name not in tensors),
+        unexpected=tuple(sorted(tensors.keys() - expected.keys())),
+    )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.errors import CheckpointError
@@ -13,7 +14,7 @@ from toolkit.models.convert.common import Row, empty_model, import_tensors
 
 
 def expected_shapes(
-    kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str]
+    kind: str, architecture: Mapping[str, Any], *, source: str | os.PathLike[str], num_tensors: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a model by the toolkit's names; nothing is allocated.
 
@@ -21,6 +22,7 @@ def expected_shapes(
     ---------
     kind, architecture : see :class:`toolkit.models.model_files.ModelConfig`.
     source : the file or folder they come from, for the error.
+    num_tensors : tensors that the file holds; more layers than that are not built at all.
 
     Raises
     ------
@@ -32,6 +34,13 @@ def expected_shapes(
     >>> shapes["projection.weight"]
     (768, 512)
     """
+    inner = architecture.get("encoder", architecture)
+    layers = inner.get("num_layers", 0) if isinstance(inner, Mapping) else 0
+    if num_tensors is not None and isinstance(layers, int) and layers > num_tensors:
+        raise CheckpointError(
+            f"{source}: the settings name {layers} layers, but the file holds {num_tensors} tensors in all; copy the "
+            "file and its settings from the same model again."
+        )
     try:
         model = empty_model(kind, architecture, source=source)
     except RuntimeError as error:  # sizes beyond what torch can count
@@ -52,7 +61,7 @@ def import_checked(
 
     Raises
     ------
-    CheckpointError : a tensor of another shape; ``source`` is the file.
+    CheckpointError : a tensor of another shape, or of no floating point numbers; ``source`` is the file.
     """
     advice = "copy the file and its settings from the same model again."
     try:
@@ -60,6 +69,11 @@ def import_checked(
     except RuntimeError as error:
         raise CheckpointError(f"{source}: the tensors do not fit together ({error}); {advice}") from error
     for name, value in found.items():
+        if value.layout != torch.strided or not value.is_floating_point():
+            kind = str(value.dtype if value.layout == torch.strided else value.layout).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source}: the tensor for {name} is of {kind}, expected floating point numbers; {advice}"
+            )
         if tuple(value.shape) != tuple(expected[name]):
             raise CheckpointError(
                 f"{source}: the tensor for {name} has the shape {tuple(value.shape)}, but the settings beside it make "

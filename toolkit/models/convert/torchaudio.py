@@ -138,7 +138,11 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, 
         (tensors[name] for end in ("parametrizations.weight.original1", "weight_v")
          if (name := f"{POSITIONAL}.{end}") in tensors), None,
     )  # fmt: skip
-    if weight_v is None or weight_v.ndim != 3 or any(name not in tensors for name in names):
+    ranks = dict(zip(names, (2, 1, 2), strict=True)) | {"aux.weight": 2}
+    is_whole = all(name in tensors for name in names)
+    if any(name in tensors and tensors[name].ndim != rank for name, rank in ranks.items()):
+        is_whole = False
+    if weight_v is None or weight_v.ndim != 3 or not is_whole:
         raise CheckpointError(f"{path}: tensors that tell the model's sizes are missing; give the whole state dict.")
     shapes = [tuple(value.shape) for value in convolutions]
     kernels = tuple(shape[-1] for shape in shapes)

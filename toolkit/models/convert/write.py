@@ -56,7 +56,7 @@ def write_pretrained(converted: Converted, path: str | os.PathLike[str], *, to: 
     if to not in WRITERS:
         raise CheckpointError(f"a model cannot be written as {to!r}; the forms are {', '.join(WRITERS)}.")
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (to == "fairseq" or not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} is there already; name a new path, nothing is overwritten.")
     WRITERS[to](converted, path)
     if to != "huggingface" or converted.config.kind not in ENCODER_KINDS:

@@ -371,12 +371,13 @@ def test_settings_that_make_no_model(tmp_path):
     contents = pretraining_contents()
     contents["cfg"]["model"]["encoder_attention_heads"] = 5
     assert refused(saved(contents, tmp_path)) == (
-        "FILE: the settings in it make no model (the transformer's dim 48 is no multiple of its num_heads 5.)."
+        "FILE: its settings make no model of kind 'wav2vec2_pretraining' (the transformer's dim 48 is no multiple of "
+        "its num_heads 5); was the folder written by another version?"
     )
     contents["cfg"]["model"] |= {"encoder_attention_heads": 4, "encoder_ffn_embed_dim": 95}
     assert refused(saved(contents, tmp_path)) == (
-        "FILE: by the settings in it encoder.transformer.layers.0.fc1.weight has the shape (95, 48), but the tensor's "
-        "is (96, 48); the file is damaged or of a program that was changed."
+        "FILE: the tensor for encoder.transformer.layers.0.fc1.weight has the shape (96, 48), but the settings beside "
+        "it make (95, 48); copy the file and its settings from the same model again."
     )
 
 
@@ -396,7 +397,7 @@ def test_settings_of_wrong_types(tmp_path, value):
 def test_shapes_that_do_not_fit(tmp_path):
     contents = plain_contents()
     contents["model"][PREFIX + "encoder.layers.0.self_attn.k_proj.weight"] = torch.ones(2, 3, 4)
-    assert refused(saved(contents, tmp_path)).startswith("FILE: the shapes of the tensors do not fit together")
+    assert refused(saved(contents, tmp_path)).startswith("FILE: the tensors do not fit together (these must")
 
 
 LAYERS = {

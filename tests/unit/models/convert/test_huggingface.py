@@ -284,7 +284,7 @@ REFUSED = [
     ({"hidden_size": True}, "hidden_size is true"),
     ({"conv_bias": 1}, "conv_bias is 1"),
     ({"hidden_dropout": 1.5}, "dropout"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": 10**9}, "the settings name 1000000000 layers, but the file holds"),
     ({"hidden_size": 10**6}, "has the shape"),
     ({"hidden_size": 10**30}, "hidden_size is 1000000"),
     ({"intermediate_size": 47}, r"has the shape \(48, 24\), but the settings beside it make \(47, 24\)"),
