@@ -290,7 +290,7 @@ class LabelledTexts:
 
 
 def collate_labelled(items: Sequence[Mapping[str, Any]], *, samples: int | None = None) -> LabelledBatch:
-    """Items of `LabelledTexts` to a batch, padded to ``samples`` tokens (None or less than the longest: to the longest).
+    """Items of `LabelledTexts` to a batch, padded to ``samples`` tokens (None, or too few: to the longest).
 
     Example
     -------
