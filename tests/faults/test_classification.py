@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.faults.real_runs import COMMON, FIXTURES, ROOT, Ended, Stop, run_forked, run_here, words_of
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
@@ -25,11 +26,12 @@ SCRIPT = ROOT / "recipes" / "WikiText" / "classification" / "train.py"
 TABLES, BPE = FIXTURES / "textcls_tiny", FIXTURES / "gpt2_bpe"
 FAIRSEQ = FIXTURES / "fairseq_models" / "data2vec_text" / "checkpoint.pt"
 SIZES = {"dim": 16, "num_layers": 2, "ffn_dim": 32, "num_heads": 2, "max_positions": 64}
-UPDATES = 9
+UPDATES = 13
+"""Of which an epoch has 9."""
 
 
 def words(output: Path, **keys: Any) -> list[str]:
-    """The recipe on 160 messages, some 4,000 tokens: about 8 updates an epoch."""
+    """The recipe on 160 messages, some 4,000 tokens: 9 updates an epoch."""
     base = {
         "data_folder": TABLES, "output_folder": output, "bpe_folder": BPE, "max_updates": 2, "batch_tokens": 128,
         "effective_batch": 512, "valid_interval_updates": 4,
@@ -170,7 +172,7 @@ def test_a_dictionary_of_another_size_and_one_that_fits(output, tmp_path):
             f"{FAIRSEQ} has {vocabulary:,}; give the dict.txt that it was pretrained with.", output,
             pretrained=FAIRSEQ, dict=tmp_path / f"{own + 3}.txt")  # fmt: skip
     ended = done(output, pretrained=FAIRSEQ, dict=tmp_path / f"{own}.txt")
-    assert f"encoder: all 28 tensors from {FAIRSEQ}" in ended.stderr, ended.stderr[:2000]
+    assert f"encoder: all 40 tensors from {FAIRSEQ}" in ended.stderr, ended.stderr[:2000]
     assert summary(output)["updates"] == 2
 
 
@@ -201,11 +203,7 @@ def test_a_data2vec_folder_gives_its_encoder_and_its_tokens(output, tmp_path):
     keys = {"pretrained": tmp_path / "m", "lr": "1e-12", "head_dropout": 0.0, "encoder_training.dropout": 0.0}
     ended = done(output, **keys)
     assert f"tokens: those of {tmp_path / 'm'} (bpe_folder and dict do not count)" in ended.stderr
-    saved = torch.nn.Embedding(tokenizer.vocab_size, SIZES["dim"])
-    from safetensors.torch import load_file
-
     found = load_file(output / "model" / "model.safetensors")
-    assert found["encoder.token_embedding.weight"].shape == saved.weight.shape
     for name, value in encoder.state_dict().items():
         torch.testing.assert_close(found[f"encoder.{name}"], value, rtol=0, atol=1e-6)
     assert (output / "model" / "dict.txt").read_bytes() == (tmp_path / "m" / "dict.txt").read_bytes()
@@ -253,6 +251,20 @@ def test_several_test_sets_are_pooled(finished, output):
     first, second = found["tests"]["test.csv"], found["tests"]["train.csv"]
     assert found["test_accuracy"] == pytest.approx((48 * first["accuracy"] + 160 * second["accuracy"]) / 208)
     assert 0 < found["test_f1"] <= 100 and {"f1", "f1_ham"} <= first.keys()
+
+
+def test_two_processes_evaluate_as_one(finished, output):
+    ended = run_forked(SCRIPT, words(output, pretrained=finished / "model", test_only="True"), processes=2)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].stderr[-3000:]
+    one, two = summary(finished), summary(output)
+    assert two["world_size"] == 2 and {"test_loss", "test_accuracy", "test_f1", "test_f1_spam"} <= two.keys()
+    assert all(two[name] == pytest.approx(one[name], rel=1e-5) for name in one if name.startswith("test_"))
+
+
+def test_two_processes_train(output):
+    ended = run_forked(SCRIPT, words(output, max_updates=3), processes=2)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].stderr[-3000:]
+    assert "2 ranks, " in ended[0].stderr and summary(output)["updates"] == 3
 
 
 def test_a_folder_whose_labels_were_lost(finished, output, tmp_path):
