@@ -27,13 +27,10 @@ from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import build_converted, build_text_encoder
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.model_files import save_model_folder
-from toolkit.models.text_classifier import TextClassifier
+from toolkit.models.text_classifier import LABELS, TextClassifier
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.training.experiment import Experiment, has_checkpoints, holds_model
 from toolkit.training.hparams import construct
-
-LABELS = "labels"
-"""Where a model folder's ``extra`` keeps the labels, in the order of the outputs."""
 
 CLASS_F1 = "f1_"
 """Before a label: the name of its F1 among the metrics."""
@@ -186,9 +183,8 @@ def trained_classifier(experiment: Experiment) -> Classification | None:
             "model/ folder of a classification run (kind 'text_classifier'), or train one without --test_only."
         )
     model = build_converted(contents, folder)
-    labels = contents.config.extra.get(LABELS)
-    outputs = contents.config.architecture["num_classes"]
-    if not isinstance(labels, list) or len(labels) != outputs or not all(isinstance(label, str) for label in labels):
+    labels, outputs = contents.info.labels, contents.config.architecture["num_classes"]
+    if labels is None or len(labels) != outputs:
         raise CheckpointError(
             f"{folder}: nothing says which labels the model's {outputs} outputs are; copy the folder again from the "
             "run that wrote it."
@@ -198,7 +194,7 @@ def trained_classifier(experiment: Experiment) -> Classification | None:
     assert isinstance(model, TextClassifier)
     _check_size(contents.tokenizer, model.encoder.vocab_size, f"the dictionary in {folder}", folder)
     experiment.say(f"model, tokens and labels: {folder} ({contents.info.source})")
-    return Classification(model, contents.tokenizer, tuple(labels))
+    return Classification(model, contents.tokenizer, labels)
 
 
 def make_classifier(experiment: Experiment, train: LabelledRows) -> Classification:

@@ -276,6 +276,17 @@ def test_a_folder_whose_labels_were_lost(finished, output, tmp_path):
             "wrote it.", output, pretrained=folder, test_only="True")  # fmt: skip
 
 
+def test_training_drops_and_validation_does_not(tmp_path):
+    losses = []
+    for share in (0.0, 0.5):
+        folder = tmp_path / str(share)
+        done(folder, max_updates=1, log_interval=1, lr="1e-12",
+             **{"encoder_training.dropout": share, "encoder_training.attention_dropout": 0.0})  # fmt: skip
+        losses.append([next(row["loss"] for row in rows_of(folder) if row["stage"] == stage) for stage in
+                       ("train", "valid")])  # fmt: skip
+    assert losses[0][0] != losses[1][0] and losses[0][1] == pytest.approx(losses[1][1], rel=1e-6)
+
+
 # ---- exact resume ----------------------------------------------------------------------------------------------------
 
 
@@ -297,8 +308,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     assert rows_of(parts) == rows_of(whole)
 
 
-def test_other_texts_are_noticed_on_resuming(finished, tmp_path, tables):
-    copied = Path(shutil.copytree(finished, tmp_path / "copy"))
+def test_other_labels_are_noticed_on_resuming(tmp_path, tables):
+    keys = {"valid_share": 0, "test_splits": "[]"}
+    done(tmp_path / "run", **keys)
     folder = tables("train.csv", lambda rows: rows[9].__setitem__(1, "spam" if rows[9][1] == "ham" else "ham"))
-    ended = run_here(SCRIPT, words(copied, data_folder=folder, max_updates=3))
+    ended = run_here(SCRIPT, words(tmp_path / "run", data_folder=folder, max_updates=3, **keys))
     assert ended.code == 2 and "the data changed since the checkpoint" in ended.error, ended.stderr[-2000:]

@@ -13,6 +13,9 @@ from toolkit.nn.precision import explicit_precision
 from toolkit.nn.transformer import INITIAL_STD
 from toolkit.seeds import Randomness
 
+LABELS = "labels"
+"""Where a model folder's ``extra`` keeps the labels, in the order of the outputs."""
+
 
 class TextClassifier(nn.Module):
     """Scores of classes, from the features of a text's first token (``<s>``).

@@ -1,5 +1,7 @@
 """Texts with labels: tables with their faults, the held-out part, tokens, batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -137,8 +139,8 @@ def test_tokens_labels_and_what_is_cut(table, bpe):
     assert exact.num_cut == 0 and exact.lengths[1] == 7
     # What a checkpoint must notice: other tokens, other labels, labels in another order.
     other = LabelledTexts(rows, tokenizer, ["spam", "ham"], max_length=5)
-    prints = {texts.fingerprint(), exact.fingerprint(), other.fingerprint()}
-    assert len(prints) == 3
+    changed = LabelledTexts(replace(rows, labels=("spam", "ham", "ham")), tokenizer, ["ham", "spam"], max_length=5)
+    assert len({made.fingerprint() for made in (texts, exact, other, changed)}) == 4
     with pytest.raises(ManifestError) as error:
         LabelledTexts(rows, tokenizer, ["ham", "eggs"], max_length=5)
     assert str(error.value) == (

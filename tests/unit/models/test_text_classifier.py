@@ -8,6 +8,7 @@ from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.build import build_model
 from toolkit.models.convert.load import build_text_encoder, load_pretrained
 from toolkit.models.convert.read import read_pretrained
+from toolkit.models.convert.write import write_pretrained
 from toolkit.models.ctc import CTCModel
 from toolkit.models.data2vec import Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder
@@ -90,7 +91,7 @@ def test_a_folder_gives_the_same_model_and_keeps_the_labels(tmp_path):
     assert read_model_config(tmp_path / "m").extra == extra
     again, info = load_pretrained(tmp_path / "m")
     assert isinstance(again, TextClassifier) and again.config == model.config and info.kind == "text_classifier"
-    assert torch.equal(again(TOKENS), model(TOKENS))
+    assert torch.equal(again(TOKENS), model(TOKENS)) and info.labels == ("a", "b", "c")
     with pytest.raises(CheckpointError, match="make no model of kind 'text_classifier'"):
         build_model("text_classifier", model.config | {"classes": 3}, source="here")
 
@@ -108,6 +109,18 @@ def test_the_encoder_of_every_kind_of_text_model(kind, tmp_path):
     found = build_text_encoder(read_pretrained(tmp_path / "m"), tmp_path / "m", dropout=0.3)
     assert found.dropout == 0.3 and found.config["dropout"] == 0.3
     assert torch.equal(found.eval()(TOKENS).features, encoder.eval()(TOKENS).features)
+
+
+@pytest.mark.parametrize(("form", "words"), [("huggingface", "Hugging Face folder"), ("fairseq", "fairseq checkpoint")])
+@pytest.mark.parametrize("kind", ["data2vec_text", "text_classifier"])
+def test_what_other_programs_cannot_hold_is_told(kind, form, words, tmp_path):
+    encoder = TextEncoder(**SETTINGS)
+    whole = classifier() if kind == "text_classifier" else Data2VecText(encoder, mask_id=29, top_layers=1)
+    save_model_folder(tmp_path / "m", whole, kind=kind, sample_rate=0, normalize=False)
+    with pytest.raises(CheckpointError) as error:
+        write_pretrained(read_pretrained(tmp_path / "m"), tmp_path / "out.pt", to=form)
+    assert str(error.value) == f"a model of kind {kind!r} cannot be written as a {words}; its encoder can."
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_a_model_of_speech_has_no_text_encoder(tmp_path):

@@ -22,6 +22,7 @@ from toolkit.models.convert.fairseq_config import (
     TEXT_SETTINGS,
 )
 from toolkit.models.convert.fairseq_names import TEXT_PREFIX, names_table
+from toolkit.models.model_files import TEXT_KINDS
 
 LETTERS_FILE = "dict.ltr.txt"
 
@@ -99,6 +100,8 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     kind = converted.config.kind
+    if kind in TEXT_KINDS and kind != "text_encoder":
+        raise CheckpointError(f"a model of kind {kind!r} cannot be written as a fairseq checkpoint; its encoder can.")
     model = empty_model(kind, converted.config.architecture, source=path)
     tensors = dict(converted.tensors)
     for name, value in model.state_dict().items():

@@ -16,6 +16,7 @@ from toolkit.models.convert.speechbrain import is_speechbrain, read_speechbrain
 from toolkit.models.convert.torchaudio import is_torchaudio, read_torchaudio
 from toolkit.models.convert.unpickle import read_pickle
 from toolkit.models.model_files import CONFIG_FILE, FORMAT, read_model_folder
+from toolkit.models.text_classifier import LABELS
 
 KNOWN = (
     "a model/ folder of this toolkit, a fairseq checkpoint (.pt), a Hugging Face folder (config.json with "
@@ -85,12 +86,16 @@ def _beside_huggingface(path: Path) -> bool:
 def _read_own(folder: Path) -> Converted:
     contents = read_model_folder(folder)
     tokenizer = load_tokenizer(folder) if contents.config.tokens else None
-    letters = tokenizer if isinstance(tokenizer, LetterTokenizer) else None
+    labels = tokenizer.labels if isinstance(tokenizer, LetterTokenizer) else None
+    if contents.config.kind == "text_classifier":
+        kept = contents.config.extra.get(LABELS)
+        is_whole = isinstance(kept, list) and all(isinstance(label, str) for label in kept)
+        labels = tuple(kept) if is_whole else None
     info = PretrainedInfo(
         kind=contents.config.kind,
         source="toolkit",
         sample_rate=contents.config.sample_rate,
         normalize=contents.config.normalize,
-        labels=None if letters is None else letters.labels,
+        labels=labels,
     )
     return Converted(contents.config, contents.tensors, info, tokenizer=tokenizer)
