@@ -24,6 +24,7 @@ FLOORS: dict[str, set[str]] = {
     "models": GROUND | {"nn", "data.tokens"},
     "decoding": GROUND | {"data"},
     "pretraining": GROUND | {"data", "models", "training"},
+    "classification": GROUND | {"data", "models", "training"},
     "recognition": GROUND | {"data", "decoding", "models", "training"},
     "curves": GROUND,
     "__main__": {"*"},

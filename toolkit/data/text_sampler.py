@@ -50,6 +50,9 @@ class TokenSampler:
     seed : of the order.
     world_size : number of ranks.
     max_batch_size : blocks in one micro-batch at most; None = only the budget counts.
+    lockstep : L; None = the largest that fits. With the world size an update's micro-batches have all lengths, which
+        matters where length says something of what is to be learned (a class); the plan is then that of one world
+        size.
 
     Raises
     ------
@@ -74,6 +77,7 @@ class TokenSampler:
         seed: int = 0,
         world_size: int = 1,
         max_batch_size: int | None = None,
+        lockstep: int | None = None,
     ) -> None:
         _check_budgets(batch_tokens, effective_batch, world_size, max_batch_size)
         self.durations = _checked_lengths(lengths)
@@ -83,7 +87,7 @@ class TokenSampler:
         self._class = np.searchsorted(edges, self.durations).astype(np.int16)
         self._offsets, self._samples = _cut(edges[np.sort(self._class)[::-1]], budget, max_batch_size)
         self.micros_per_update = micros_per_update(budget, effective_batch, self.world_size)
-        self.lockstep = lockstep_of(self.micros_per_update, self.world_size, None)
+        self.lockstep = lockstep_of(self.micros_per_update, self.world_size, lockstep)
         held = self.epoch_tokens / len(self._samples)
         if effective_batch is not None and abs(self.micros_per_update * held - effective_batch) > FAR * effective_batch:
             # A multiple of the lock-step, so that the plan is still the same for all its world sizes.

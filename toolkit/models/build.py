@@ -12,6 +12,7 @@ from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.ctc import CTCModel
 from toolkit.models.data2vec import Data2VecAudio, Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder, encoder_settings
+from toolkit.models.text_classifier import TextClassifier
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Pretraining
 
@@ -29,6 +30,8 @@ def build_model(kind: str, architecture: Mapping[str, Any], *, source: str | os.
             return TextEncoder(**settings)
         if kind == "data2vec_text":
             return Data2VecText(TextEncoder(**settings.pop("encoder")), **settings)
+        if kind == "text_classifier":
+            return TextClassifier(TextEncoder(**settings.pop("encoder")), **settings)
         encoder = Wav2Vec2Encoder(**encoder_settings(architecture, source=source))
         settings.pop("encoder", None)
         if kind == "wav2vec2_encoder":

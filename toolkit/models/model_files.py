@@ -25,10 +25,13 @@ from toolkit.errors import CheckpointError
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = "toolkit-model-1"
-KINDS = ("wav2vec2_encoder", "wav2vec2_pretraining", "ctc", "text_encoder", "data2vec_audio", "data2vec_text")
+KINDS = (
+    "wav2vec2_encoder", "wav2vec2_pretraining", "ctc", "text_encoder", "data2vec_audio", "data2vec_text",
+    "text_classifier",
+)  # fmt: skip
 """What a folder can hold; the encoder's tensors are under ``encoder.`` in all but the plain encoders."""
 
-TEXT_KINDS = ("text_encoder", "data2vec_text")
+TEXT_KINDS = ("text_encoder", "data2vec_text", "text_classifier")
 """Those whose input is text: their sample_rate is 0."""
 
 

@@ -98,7 +98,8 @@ MODEL_NAME = "model"
 """The model folder in an output folder."""
 
 RESULTS = (
-    "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl", "crash_report.json",
+    "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl",
+    "test_predictions.jsonl", "crash_report.json",
 )  # fmt: skip
 """What a run leaves in its output folder, beside logs and what was prepared."""
 
@@ -297,6 +298,8 @@ class Experiment:
         tests: Mapping[str, Loader] | None = None,
         save_model: Callable[[Path], Any] | None = None,
         evaluate: str = "best",
+        rows_file: str = "test_hypotheses.jsonl",
+        derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
     ) -> dict[str, Any]:
         """Choose the weights, write ``model/``, evaluate, write and print the summary.
 
@@ -305,6 +308,8 @@ class Experiment:
         tests : name to loader of each test set. Scores are pooled over all of them (``test_<metric>``), and by set.
         save_model : writes the model into the folder it is given (main process only).
         evaluate : "best" (by the best metric of the validation), "last", or "average" (of the last ``keep_last``).
+        rows_file : name of the file for the rows that the Brain recorded (one of RESULTS).
+        derive : from the averages over all test sets to scores that follow from them and are no averages themselves.
 
         Returns
         -------
@@ -327,7 +332,7 @@ class Experiment:
         elif self.world.is_main:
             # What was trained is told even where a bad file ends the test.
             write_summary(self.output_folder, values)
-        values |= self._run_tests(brain, tests or {})
+        values |= self._run_tests(brain, tests or {}, rows_file, derive)
         if self.world.is_main:
             write_summary(self.output_folder, values)
         self.say(format_summary(values))
@@ -347,7 +352,13 @@ class Experiment:
         if damaged or not self._has_weights:
             raise _nothing_to_evaluate(self.output_folder)
 
-    def _run_tests(self, brain: Brain, tests: Mapping[str, Loader]) -> dict[str, Any]:
+    def _run_tests(
+        self,
+        brain: Brain,
+        tests: Mapping[str, Loader],
+        rows_file: str,
+        derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None,
+    ) -> dict[str, Any]:
         pooled, by_set, rows = MetricSums(), {}, []
         for name, loader in tests.items():
             result: StageResult = brain.evaluate(loader)
@@ -357,8 +368,11 @@ class Experiment:
             rows += [{**row, "set": name} if len(tests) > 1 else row for row in result.rows]
         if rows and self.world.is_main:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomic(self.output_folder / "test_hypotheses.jsonl", lines)
-        scores = {f"test_{name}": value for name, value in pooled.averages().items()}
+            write_atomic(self.output_folder / rows_file, lines)
+        averages = pooled.averages()
+        if derive is not None and tests:
+            averages |= derive(averages)
+        scores = {f"test_{name}": value for name, value in averages.items()}
         return {**scores, "tests": by_set} if tests else {}
 
 

@@ -30,7 +30,8 @@ class PretrainedInfo:
     source : the program and form that the file is of, in words ("fairseq, args").
     sample_rate : Hz.
     normalize : whether each waveform is brought to zero mean and unit variance first.
-    labels : the symbol of each output in order, for a CTC model whose file (or a neighbour of it) says so.
+    labels : the symbol of each output in order, for a CTC model whose file (or a neighbour of it) says so; the label of
+        each for a classifier.
     unused : tensors of the file that the model has no place for and that were left out on purpose (a teacher, a
         decoder's cache).
     fresh : tensors of the model that such files never hold (a mask vector in a fine-tuned encoder); they keep the

@@ -101,6 +101,8 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     kind = converted.config.kind
+    if kind == "text_classifier":
+        raise CheckpointError(f"a model of kind {kind!r} cannot be written as a fairseq checkpoint; its encoder can.")
     model = empty_model(kind, converted.config.architecture, source=path)
     tensors = dict(converted.tensors)
     for name, value in model.state_dict().items():

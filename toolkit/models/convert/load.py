@@ -17,6 +17,7 @@ from toolkit.models.convert.common import Converted, PretrainedInfo, describe_di
 from toolkit.models.convert.read import read_pretrained
 from toolkit.models.encoder import ENCODER_ARGUMENTS, Wav2Vec2Encoder, encoder_settings
 from toolkit.models.model_files import TEXT_KINDS, load_tensors
+from toolkit.models.text_encoder import TextEncoder
 
 
 def load_pretrained(
@@ -128,6 +129,37 @@ def build_encoder(converted: Converted, path: str | os.PathLike[str], **override
             f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
         ) from error
     whole = converted.config.kind == "wav2vec2_encoder"
+    fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)
+    load_tensors(encoder, converted.tensors if whole else converted.part("encoder"), source=path, allowed=fresh)
+    return encoder
+
+
+def build_text_encoder(converted: Converted, path: str | os.PathLike[str], **overrides: Any) -> TextEncoder:
+    """The encoder of a model of text, with its weights.
+
+    Arguments
+    ---------
+    converted : what was read from ``path``.
+    overrides : constructor arguments of the encoder to replace, such as dropouts.
+
+    Raises
+    ------
+    CheckpointError : the model is of speech, its settings make no encoder, or an override changes a weight's shape.
+    """
+    check_difference(converted, path)
+    config = converted.config
+    if config.kind not in TEXT_KINDS:
+        raise CheckpointError(f"{path}: this is a model of speech, of kind {config.kind!r}; give one of text.")
+    settings = config.architecture.get("encoder", config.architecture)
+    try:
+        encoder = TextEncoder(**settings | overrides)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ToolkitError):
+            raise
+        raise CheckpointError(
+            f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
+        ) from error
+    whole = config.kind == "text_encoder"
     fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)
     load_tensors(encoder, converted.tensors if whole else converted.part("encoder"), source=path, allowed=fresh)
     return encoder

@@ -18,6 +18,7 @@ from toolkit.models.convert.speechbrain import is_speechbrain, read_speechbrain
 from toolkit.models.convert.torchaudio import is_torchaudio, read_torchaudio
 from toolkit.models.convert.unpickle import read_pickle
 from toolkit.models.model_files import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_model_folder
+from toolkit.models.text_classifier import LABELS
 
 KNOWN = (
     "a model/ folder of this toolkit, a fairseq checkpoint (.pt), a Hugging Face folder (config.json with "
@@ -98,12 +99,17 @@ def _read_own(folder: Path) -> Converted:
     contents = read_model_folder(folder)
     config, tensors = contents.config, contents.tensors
     tokenizer = load_tokenizer(folder) if config.tokens else None
+    labels = tokenizer.labels if isinstance(tokenizer, LetterTokenizer) else None
+    if config.kind == "text_classifier":
+        kept = config.extra.get(LABELS)
+        is_whole = isinstance(kept, list) and all(isinstance(label, str) for label in kept)
+        labels = tuple(kept) if is_whole else None
     info = PretrainedInfo(
         kind=config.kind,
         source="toolkit",
         sample_rate=config.sample_rate,
         normalize=config.normalize,
-        labels=tokenizer.labels if isinstance(tokenizer, LetterTokenizer) else None,
+        labels=labels,
     )
     expected = expected_shapes(config.kind, config.architecture, source=folder, num_tensors=len(tensors))
     return Converted(
