@@ -1,4 +1,5 @@
-"""Small arithmetic recorded from the original: schedules, temperature, frames, negatives, waveforms."""
+"""Small arithmetic recorded from the original: schedules, temperature, frames, negatives, waveforms, order, batches,
+blocks and the teacher's decay."""
 
 import json
 
@@ -9,8 +10,11 @@ import torch
 from tests.parity.test_compare import FIXTURES
 from toolkit.data.audio import normalize_waveform
 from toolkit.data.batch import collate_speech
+from toolkit.data.text_blocks import locate, make_blocks
+from toolkit.data.text_order import fairseq_batches, fairseq_order
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.nn.contrastive import sample_negatives
+from toolkit.nn.ema import DecayRamp
 from toolkit.nn.feature_extractor import FeatureExtractor
 from toolkit.nn.quantizer import GumbelQuantizer
 from toolkit.training.schedules import Cosine, Polynomial, TriStage
@@ -134,3 +138,42 @@ def test_cropped_and_padded_waveforms(pad):
     torch.testing.assert_close(batch.waveforms, torch.tensor(case["source"]), rtol=0, atol=0)
     padding = torch.arange(longest) >= batch.lengths[:, None]
     assert padding.tolist() == (case["padding_mask"] or [[False] * longest] * len(inputs))
+
+
+@pytest.mark.parametrize("case", RECORDED["ordering"]["orders"], ids=lambda case: f"seed {case['numpy_seed']}")
+def test_the_order_of_utterances(case):
+    """Longest first by the capped size, ties in random order; the function of text goes the other way."""
+    sizes = np.minimum(RECORDED["ordering"]["sizes"], RECORDED["ordering"]["max_sample_size"])
+    assert fairseq_order(sizes, case["numpy_seed"])[::-1].tolist() == case["order"]
+
+
+@pytest.mark.parametrize("case", RECORDED["batch_by_size"])
+def test_batches_by_size(case):
+    batches = fairseq_batches(
+        case["indices"],
+        np.array(case["sizes"]),
+        max_tokens=case["max_tokens"],
+        max_sentences=case["max_sentences"],
+        multiple=case["required_batch_size_multiple"],
+    )
+    assert batches == case["batches"]
+
+
+def test_the_decay_of_the_teacher():
+    recorded = RECORDED["ema_decay"]
+    ramp = DecayRamp(recorded["start"], recorded["end"], recorded["end_step"])
+    for update, decay in recorded["decay_at_num_updates"].items():
+        assert ramp.at(int(update)) == pytest.approx(decay, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", RECORDED["token_blocks"]["cases"], ids=lambda case: case["break_mode"])
+def test_blocks_of_tokens(case):
+    sizes = np.array([len(sentence) for sentence in case["sentences"]])
+    made = make_blocks(sizes, case["block_size"], break_mode=case["break_mode"], cut_long=False)
+    tokens = [token for sentence in case["sentences"] for token in sentence]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    blocks = []
+    for (first, offset), size in zip(locate(sizes, made)[:, :2].tolist(), made.sizes.tolist(), strict=True):
+        begin = int(starts[first]) + offset
+        blocks.append(tokens[begin : begin + size])
+    assert blocks == case["blocks"]

@@ -63,12 +63,6 @@ class ModelFolder:
     config: ModelConfig
     tensors: dict[str, Tensor]
 
-    def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of the part ``name``, their names without it; all tensors if there is no such part."""
-        prefix = name + "."
-        chosen = {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-        return chosen or dict(self.tensors)
-
 
 def save_model_folder(
     folder: str | os.PathLike[str],

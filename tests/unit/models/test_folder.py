@@ -13,10 +13,10 @@ from tests.unit.models.tiny import batch, encoder, pretraining
 from toolkit.data.tokens import LetterTokenizer, load_tokenizer
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models import model_files
-from toolkit.models.convert import load_encoder, load_pretrained
+from toolkit.models.convert import load_encoder, load_pretrained, read_pretrained
 from toolkit.models.convert.read import KNOWN
 from toolkit.models.ctc import CTCModel
-from toolkit.models.model_files import read_model_config, read_model_folder, save_model_folder
+from toolkit.models.model_files import read_model_config, save_model_folder
 from toolkit.seeds import Randomness
 
 RNG = Randomness(1)
@@ -272,6 +272,6 @@ def test_a_refused_file_changes_nothing():
 
 def test_parts(tmp_path):
     _, folder = save(tmp_path / "model")
-    contents = read_model_folder(folder)
+    contents = read_pretrained(folder)
     assert set(contents.part("head")) == {"weight", "bias"}
     assert contents.part("nothing").keys() == contents.tensors.keys()
