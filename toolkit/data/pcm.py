@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from typing import BinaryIO
 
@@ -80,12 +79,11 @@ class PcmReader:
     def read(self, frames: int, dtype: str = "float32") -> np.ndarray:
         """The next samples (frames,), fewer where the file ends."""
         wanted = max(0, min(frames, self.frames - self._place))
-        content = bytearray(2 * wanted)
-        self._file.seek(HEADER + 2 * self._place, io.SEEK_SET)
-        count = self._file.readinto(content) // 2  # type: ignore[attr-defined]
+        samples = np.empty(wanted, dtype="<i2")
+        self._file.seek(HEADER + 2 * self._place)
+        count = self._file.readinto(samples.view(np.uint8)) // 2  # type: ignore[attr-defined]
         self._place += count
-        samples = np.frombuffer(content, dtype="<i2", count=count)
-        return np.multiply(samples, np.float32(1 / SCALE), dtype=dtype)
+        return np.multiply(samples[:count], np.float32(1 / SCALE), dtype=dtype)
 
     def close(self) -> None:
         """Nothing to do: the file is the caller's."""

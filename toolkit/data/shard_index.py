@@ -61,6 +61,7 @@ def entry_name(identity: str) -> str:
 
 
 def shard_number(name: str) -> int:
+    """7 of ``shard-000007.tar``."""
     return int(name[len("shard-") : -len(".tar")])
 
 
@@ -96,7 +97,7 @@ def finished_shards(
         if path.stat().st_size != record["bytes"] or file_digest(path) != record["sha256"]:
             say(f"{path} has changed since it was written, and is written again.")
             continue
-        entries = (entry for entry in tar_entries(path) if not entry.name.endswith(".json"))
+        entries = [entry for entry in tar_entries(path) if not entry.name.endswith(".json")]
         places = tuple((rows[entry.name.rpartition(".")[0]], entry.offset, entry.size) for entry in entries)
         left_out = tuple((identity, reason) for identity, reason in record["left_out"])
         done[shard_number(path.name)] = Shard(path.name, record["bytes"], record["sha256"], left_out, places)

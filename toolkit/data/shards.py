@@ -29,6 +29,7 @@ from toolkit.data.audio import ENTRY, AudioFile, open_entry
 from toolkit.data.manifest import Manifest, read_manifest, whole_file
 from toolkit.data.pcm import HEADER, encode_wav
 from toolkit.data.shard_index import (
+    INDEX_NAME,
     MANIFEST_NAME,
     PROGRESS_NAME,
     Shard,
@@ -62,6 +63,7 @@ NAMED = 5
 
 SUFFIXES = {"WAVEX": "wav", "RF64": "wav", "MPEG": "mp3"}
 """Suffixes that are not libsndfile's name of the format in small letters."""
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -158,7 +160,7 @@ def pack(
             "options": asdict(options),
         }
         groups = _groups(manifest, sizes, options)
-        done = finished_shards(folder, plan, manifest, say)
+        done = {n: shard for n, shard in finished_shards(folder, plan, manifest, say).items() if n in groups}
         kept = len(done)
         begin(folder, plan, done)
         todo = [number for number in groups if number not in done]
