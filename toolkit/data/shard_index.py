@@ -186,17 +186,19 @@ def file_digest(path: Path) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from packing into the folder at the same time."""
-    handle = os.open(folder, os.O_RDONLY)
     try:
         import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ConfigError(f"another process is packing into {folder}; wait until it has ended.") from error
-    except (ImportError, OSError):
-        pass  # a system or a file system without locks
+    except ImportError:  # Windows has no fcntl: no lock there, and nothing else depends on it
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is packing into {folder}; wait until it has ended.") from error
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

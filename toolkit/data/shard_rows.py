@@ -80,5 +80,7 @@ class ShardFolder:
                 "lie beside their manifest."
             )
         if not os.path.isfile(path):
-            raise ManifestError(f"{where}: the shard {path} does not exist; copy the shards beside their manifest.")
+            raise ManifestError(
+                f"{where}: the shard {shortened(name)} does not exist; copy the shards to their manifest."
+            )
         return path, os.path.getsize(path)

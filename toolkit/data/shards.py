@@ -126,7 +126,7 @@ def pack(
     ---------
     manifest : what to pack; it may itself be of shards or of zip entries.
     folder : a new one, or that of an earlier call.
-    shard_mb : megabytes (1e6 bytes) of a shard at most; a longer utterance has a shard for itself.
+    shard_mb : megabytes (1e6 bytes) of a shard, about; a longer utterance has a shard for itself.
     pcm : None copies the audio's bytes as they are. A number of Hz decodes, mixes down and resamples to it, and stores
         16-bit WAV: two to three times the size of FLAC, and no decoder in training.
     shuffle : a seed: utterances stand in the shards in a random order, for readers that go front to back. None keeps
@@ -410,7 +410,9 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check_share(bad: Sequence[tuple[str, str]], allowed: float, manifest: Manifest) -> None:

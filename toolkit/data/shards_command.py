@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommand."""
     parser.add_argument("source", metavar="MANIFEST", help="a manifest of any kind; with --verify a folder of shards")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="a new one, or one whose packing was interrupted")
-    parser.add_argument("--shard_mb", type=float, default=500, help="megabytes of a shard at most (default 500)")
+    parser.add_argument("--shard_mb", type=float, default=500, help="megabytes of a shard, about (default 500)")
     parser.add_argument("--pcm", type=int, metavar="HZ", help="store 16-bit WAV of this rate: larger, read faster")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="random order within the shards, for streaming")
     parser.add_argument(
