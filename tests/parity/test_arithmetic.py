@@ -56,6 +56,10 @@ def test_learning_rates(case):
         assert peak * schedule(int(update), total) == pytest.approx(expected, rel=1e-12, abs=1e-14 * peak), update
         compared += 1
     assert compared >= 20
+    # Before its trainer calls step_update(0) the original's object has this rate, by which no update is made: the
+    # polynomial's is that of the second update, the others' that of the first.
+    first = 1 if name == "polynomial_decay" else 0
+    assert peak * schedule(first, total) == pytest.approx(case["lr_at_construction"], rel=1e-12, abs=1e-14 * peak)
 
 
 def test_the_quantizers_temperature():

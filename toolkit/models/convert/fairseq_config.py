@@ -306,5 +306,7 @@ def text_architecture(model: Mapping[str, Any], *, vocab_size: int, max_position
         "vocab_size": vocab_size,
         "max_positions": max_positions,
         "padding_id": TEXT_PADDING,
+        "token_types": 0,
+        "pooler": False,
         **{name: setting(settings, key, kind, default, path) for name, key, kind, default in TEXT_SETTINGS},
     }

@@ -538,6 +538,19 @@ def test_our_own_models_there_and_back(tmp_path, case):
     load_pretrained(tmp_path / "x.pt")
 
 
+def test_a_token_type_goes_into_the_positions(tmp_path):
+    """fairseq has no such vector, and no pooler; the sums stay the same."""
+    sizes = {"vocab_size": 9, "dim": 16, "num_layers": 1, "ffn_dim": 8, "num_heads": 2, "max_positions": 7}
+    text = TextEncoder(**sizes, token_types=2, pooler=True).eval()
+    torch.nn.init.normal_(text.token_type_embedding.weight)
+    write_fairseq(converted_of("text_encoder", text, rate=0), tmp_path / "x.pt")
+    again, info = load_pretrained(tmp_path / "x.pt")
+    assert (again.config["token_types"], again.config["pooler"]) == (0, False)
+    assert not any("token_type" in name or "pooler" in name for name in info.unused)
+    tokens = torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])
+    torch.testing.assert_close(again.eval()(tokens).features, text(tokens).features)
+
+
 def test_what_fairseq_cannot_hold(tmp_path):
     def words(converted):
         with pytest.raises(CheckpointError) as caught:
