@@ -237,6 +237,16 @@ class _Student(nn.Module):
     def _student(self) -> nn.Module:
         raise NotImplementedError
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's and the teacher's.
+
+        Student and teacher as a whole are among them, so that both are in shards (of the same kind) whenever the
+        teacher moves, at the beginning of a forward too.
+        """
+        inner = self.encoder.blocks()
+        outer = [] if self._student() in inner else [self._student()]
+        return [*inner, *outer, *self.teacher.module.layers, self.teacher]
+
     def finish_update(self, update: int) -> None:
         """Move the teacher after ``update`` finished updates; a recipe calls it in ``on_update_end``.
 

@@ -203,6 +203,10 @@ class Wav2Vec2Encoder(nn.Module):
         self.mask_channel_prob, self.mask_channel_length = mask_channel_prob, mask_channel_length
         self.equal_mask_counts = equal_mask_counts
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are gathered (where parameters are sharded) and compiled one by one, inner before outer."""
+        return [self.feature_extractor, *self.transformer.layers, self.transformer]
+
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of waveforms of ``lengths`` samples: (batch,) int64, at least one each."""
         return self.feature_extractor.frame_lengths(lengths.clamp(min=self.feature_extractor.receptive_field))

@@ -174,6 +174,10 @@ class Wav2Vec2Pretraining(nn.Module):
         self.dropout_features = dropout_features
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return self.encoder.blocks()
+
     def forward(
         self,
         waveforms: Tensor,

@@ -73,6 +73,19 @@ class WantedRows:
         return cls(first[utterances] + within, torch.bincount(utterances, minlength=len(lengths)).tolist())
 
 
+class _LeftOut(torch.autograd.Function):
+    """A block that is left out: part of the graph, as a block that runs is, with no gradient for its parameters."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.count
+
+
 class TransformerLayer(nn.Module):
     """One block: self-attention, then a feed-forward network, each with dropout, residual and norm.
 
@@ -116,6 +129,7 @@ class TransformerLayer(nn.Module):
         bits: DropoutBits | None = None,
         need_ffn: bool = False,
         wanted: WantedRows | None = None,
+        left_out: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The block's output, and that of the feed-forward network if ``need_ffn``.
 
@@ -126,7 +140,10 @@ class TransformerLayer(nn.Module):
         bits : dropout decisions; None means evaluation.
         need_ffn : also return the feed-forward output before dropout, residual and norm (data2vec's target).
         wanted : give results for these of the packed rows only; they still attend to all.
+        left_out : give ``x`` on as it is, and no gradient to the parameters.
         """
+        if left_out:
+            return _LeftOut.apply(x, *self.parameters()), None
         dtype = x.dtype
         h = self._normed(self.attention_norm, x) if self.pre_norm else x
         h = self._attention(h, layout, bits) if wanted is None else self._attention_of(wanted, h, layout, bits)
@@ -196,6 +213,9 @@ class LayerStack(nn.ModuleList):
     layerdrop : probability of leaving a block out in training.
     gradient_checkpointing : recompute each block in the backward pass (with the same dropout) to save memory.
 
+    ``keep_all`` set to True calls blocks that are left out, too (they do nothing): where parameters are sharded over
+    ranks that leave out different ones, every rank has to take part in gathering each.
+
     Raises
     ------
     ModelError : settings that do not fit together.
@@ -240,6 +260,7 @@ class LayerStack(nn.ModuleList):
             for _ in range(num_layers)
         )
         self.layerdrop, self.gradient_checkpointing = layerdrop, gradient_checkpointing
+        self.keep_all = False
 
     def reset_last(self, count: int) -> None:
         """Give the last ``count`` blocks fresh weights; raises ModelError if there are not so many."""
@@ -273,7 +294,11 @@ class LayerStack(nn.ModuleList):
         """
         chosen = self._layers_to_run(rng)
         outputs: list[tuple[Tensor, Tensor]] = []
-        for i in chosen:
+        for i in range(len(self)):
+            if i not in chosen:
+                if self.keep_all:
+                    x, _ = self[i](x, layout, left_out=True)
+                continue
             x, ffn = self._run_layer(i, x, layout, rng, layers, wanted if i == chosen[-1] else None)
             if layers:
                 outputs.append((x, ffn))
