@@ -122,6 +122,10 @@ class TextEncoder(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are gathered (where parameters are sharded) and compiled one by one."""
+        return list(self.layers)
+
     def reset_layers(self, count: int) -> None:
         """Give the last ``count`` layers fresh weights; raises ModelError if there are not so many."""
         self.layers.reset_last(count)

@@ -28,7 +28,6 @@ from toolkit.nn.precision import explicit_precision
 from toolkit.nn.quantizer import GumbelQuantizer, checked_temperature
 from toolkit.nn.quantizer import gumbel_noise as draw_gumbel_noise
 from toolkit.nn.sizes import check_sizes
-from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
 __all__ = ["Encoded", "PretrainingOutput", "Wav2Vec2Encoder", "Wav2Vec2Pretraining"]
@@ -37,6 +36,9 @@ __all__ = ["Encoded", "PretrainingOutput", "Wav2Vec2Encoder", "Wav2Vec2Pretraini
 @dataclass(frozen=True)
 class PretrainingOutput:
     """What the pretraining task says about a batch; S masked frames, N negatives, G groups of codes.
+
+    On devices other than the CPU there are more rows than masked frames, always equally many for one shape of batch;
+    the rows that fill up have weight 0 and enter nothing, see :class:`toolkit.nn.masking.MaskedFrames`.
 
     loss_sum : scalar, the only one with a gradient: contrastive + diversity + penalty, to be divided by the sum
         of num_masked over all micro-batches and ranks.
@@ -48,7 +50,7 @@ class PretrainingOutput:
     temperature : of the quantizer in this forward.
     logits : (S, 1 + N) float32, the true target in column 0.
     codes : (S, G) int64.
-    encoded : the encoder's output.
+    encoded : the encoder's output; ``encoded.masked`` says which rows of logits and codes count.
     """
 
     loss_sum: Tensor
@@ -172,6 +174,10 @@ class Wav2Vec2Pretraining(nn.Module):
         self.dropout_features = dropout_features
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return self.encoder.blocks()
+
     def forward(
         self,
         waveforms: Tensor,
@@ -206,34 +212,38 @@ class Wav2Vec2Pretraining(nn.Module):
         if time_mask is None:
             time_mask = self.encoder.draw_mask_for(waveforms, lengths, rng)
         encoded = self.encoder(waveforms, lengths, rng=rng, time_mask=time_mask, masked_only=True)
-        if not encoded.masked.total:
+        masked = encoded.masked
+        if not (masked.total if masked.weights is None else len(masked.weights)):
             return self._nothing_masked(encoded, update)
         if negatives is None:
-            negatives = sample_negatives(encoded.masked.counts, self.num_negatives, rng)
-        negatives = to_device(torch.as_tensor(negatives), waveforms.device)
+            negatives = sample_negatives(masked.counts, self.num_negatives, rng)
+        negatives = masked.spread(negatives)
+        noise = None if gumbel_noise is None else masked.spread(gumbel_noise)
         with explicit_precision(waveforms.device.type):
-            return self._objective(encoded, negatives, gumbel_noise, rng if self.training else None, update)
+            return self._objective(encoded, negatives, noise, rng if self.training else None, update)
 
     def _objective(
         self, encoded: Encoded, negatives: Tensor, noise: Tensor | None, rng: Randomness | None, update: int
     ) -> PretrainingOutput:
         """Everything after the encoder, at the S masked frames; one line for one step of the paper."""
-        counts, total = encoded.masked.counts, encoded.masked.total
-        positions, device = encoded.masked.positions, negatives.device
+        positions, weights, device = encoded.masked.positions, encoded.masked.weights, negatives.device
+        # On an accelerator a tensor: as a number it would be a constant of the kernels, another one in each batch.
+        total = encoded.masked.total if weights is None else weights.sum()
         # (batch, frames, channels) -> (S, channels)
         frames = encoded.extractor_features.flatten(0, 1).index_select(0, positions)
         if rng is not None:
             frames = dropout(frames, self.dropout_features, DropoutBits(rng.child("features"), device))
             if noise is None:
-                shape = (total, self.quantizer.num_groups, self.quantizer.num_codes)
+                shape = (len(positions), self.quantizer.num_groups, self.quantizer.num_codes)
                 noise = draw_gumbel_noise(shape, rng.torch(device, "gumbel"))
-        quantized = self.quantizer(frames, update=update, noise=noise)
+        quantized = self.quantizer(frames, update=update, noise=noise, weights=weights)
         targets = self.target_projection(quantized.vectors)
         predictions = self.final_projection(widened(encoded.features))
         logits = (contrastive_logits if self.fast else contrastive_logits_plain)(
-            predictions, targets, quantized.codes, negatives, counts=counts, temperature=self.logit_temperature
-        )
-        contrastive = contrastive_loss(logits)
+            predictions, targets, quantized.codes, negatives, counts=encoded.masked.row_counts,
+            temperature=self.logit_temperature,
+        )  # fmt: skip
+        contrastive = contrastive_loss(logits, weights)
         codes = self.quantizer.num_groups * self.quantizer.num_codes
         diversity = self.diversity_weight * total * (codes - quantized.prob_perplexity.sum()) / codes
         penalty = self.penalty_weight * total * encoded.feature_penalty
@@ -245,11 +255,11 @@ class Wav2Vec2Pretraining(nn.Module):
         logits = logits.detach()
         return PretrainingOutput(
             loss_sum=loss,
-            num_masked=total,
+            num_masked=encoded.masked.total,
             contrastive=contrastive.detach(),
             diversity=diversity.detach(),
             penalty=penalty.detach(),
-            correct=count_correct(logits),
+            correct=count_correct(logits, weights),
             code_perplexity=quantized.code_perplexity,
             prob_perplexity=quantized.prob_perplexity.detach(),
             temperature=self.quantizer.temperature_at(update),

@@ -71,11 +71,18 @@ def contrastive_logits(
     (S, 1 + N) float32
     """
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    equal = len(set(counts)) == 1
+    if equal:
+        first = torch.arange(0, len(codes), counts[0], device=negatives.device).repeat_interleave(
+            counts[0], output_size=len(codes)
+        )
+    else:
+        first = to_device(torch.from_numpy(np.repeat(offsets[:-1], counts)), negatives.device)
     # (S, N), positions among all S rows
-    flat = negatives + to_device(torch.from_numpy(np.repeat(offsets[:-1], counts)), negatives.device)[:, None]
+    flat = negatives + first[:, None]
     same = (codes[flat] == codes[:, None]).all(-1)
     predictions, targets = F.normalize(predictions, dim=-1), F.normalize(targets, dim=-1)
-    if len(set(counts)) == 1:
+    if equal:
         shape = (len(counts), counts[0], -1)
         # (batch, M, F) x (batch, F, M) -> (S, M)
         similar = (predictions.view(shape) @ targets.view(shape).transpose(1, 2)).flatten(0, 1)
@@ -107,17 +114,23 @@ def contrastive_logits_plain(
     return torch.cat(rows)
 
 
-def contrastive_loss(logits: Tensor) -> Tensor:
+def contrastive_loss(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum over the rows of the cross entropy with column 0 as the right answer, in nats; guessing gives log(1 + N).
 
     Arguments
     ---------
     logits : (S, 1 + N) float32; entries of -inf take no part.
+    weights : (S,) factor of each row's share; None: 1.
     """
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long), reduction="sum")
+    answers = logits.new_zeros(len(logits), dtype=torch.long)
+    if weights is None:
+        return F.cross_entropy(logits, answers, reduction="sum")
+    return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
 
 
-def count_correct(logits: Tensor) -> Tensor:
-    """Rows whose positive has the largest logit; a row whose logits are all equal knows nothing and does not count."""
+def count_correct(logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows whose positive has the largest logit; a row whose logits are all equal knows nothing and does not count,
+    and one of weight 0 neither."""
     best, worst = logits.amax(1), logits.amin(1)
-    return ((logits[:, 0] == best) & (worst < best)).sum()
+    correct = (logits[:, 0] == best) & (worst < best)
+    return correct.sum() if weights is None else (correct & (weights > 0)).sum()

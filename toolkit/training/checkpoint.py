@@ -24,6 +24,7 @@ from toolkit.training.checkpoint_format import (
     join_state,
     optimizer_from_tensors,
     optimizer_to_tensors,
+    part_of,
     present_folders,
     problem_of,
     read_state,
@@ -424,4 +425,5 @@ def _load_module(module: torch.nn.Module, file: TensorFile) -> None:
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(file[name])
+            own = target.to_local() if hasattr(target, "to_local") else target
+            own.copy_(part_of(file[name], target))

@@ -292,6 +292,19 @@ def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
+def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a whole tensor what a tensor like ``like`` holds on this rank: all of it, or its shard."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    for dimension, placement in enumerate(like.placements):
+        if placement.is_shard():
+            pieces = whole.chunk(like.device_mesh.size(dimension), placement.dim)
+            rank = like.device_mesh.get_local_rank(dimension)
+            # More ranks than rows: the last ones hold nothing.
+            whole = pieces[rank] if rank < len(pieces) else whole.narrow(placement.dim, 0, 0)
+    return whole
+
+
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -361,6 +374,7 @@ def optimizer_from_tensors(
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     number_of: dict[str, int] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
         settings = join_state(saved["settings"], lambda place: tensors[place])
         merged = {key: value for key, value in group.items() if key != "params"}
@@ -371,10 +385,19 @@ def optimizer_from_tensors(
         groups.append({**merged, "params": [number_of[name_of[id(parameter)]] for parameter in group["params"]]})
     for key, tensor in tensors.items():
         slot, _, name = key.partition("/")
-        state.setdefault(number_of[name], {})[slot] = tensor
+        state.setdefault(number_of[name], {})[slot] = _sharded_like(parameters[number_of[name]], tensor)
     for name, slots in values.get("numbers", {}).items():
         state.setdefault(number_of[name], {}).update(slots)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sharded_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A state of the parameter's shape in shards where the parameter is; others (counts) as they are."""
+    if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
+        return tensor
+    sharded = torch.zeros_like(parameter, dtype=tensor.dtype)
+    sharded.to_local().copy_(part_of(tensor, parameter))
+    return sharded
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str], saved: list[Any]) -> None:

@@ -81,6 +81,9 @@ class RunOptions:
     noprogressbar: bool = _option(False, "No progress bar, plain lines instead.")
     tensorboard: bool = _option(False, "Write curves for TensorBoard as well.")
     profile: bool = _option(False, "Write a profile of a few updates to the output folder.")
+    parallel: Literal["ddp", "fsdp2"] = _option(
+        "ddp", "How several processes share the model: ddp = whole on each, fsdp2 = in shards (less memory)."
+    )
     distributed_backend: str | None = _option(None, "Collectives library; null: the device's own (gloo, nccl, ...).")
     distributed_timeout_minutes: float = _option(30.0, "How long processes wait for each other.")
     local_rank: int | None = _option(None, "Set by launchers: number of this process on its machine.")
