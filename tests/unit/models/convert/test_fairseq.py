@@ -270,7 +270,6 @@ REFUSED = {
         "quantize_input": True,
         "quantize_targets": False,
         "target_glu": True,
-        "cross_sample_negatives": 5,
         "codebook_negatives": 3,
         "negatives_from_everywhere": True,
         "quantizer_depth": 2,
@@ -518,7 +517,9 @@ OURS = {
     "wav2vec2_encoder, data2vec": lambda: encoder(pos_depth=3, min_masks=1),
     "wav2vec2_encoder, equal widths": lambda: encoder(dim=16, min_masks=1, always_project=True),
     "wav2vec2_pretraining": lambda: pretraining({"pos_depth": 3, "gradient_checkpointing": True}, code_dim=8),
-    "wav2vec2_pretraining, other masks": lambda: pretraining({"min_masks": 0, "norm_over_padding": True, "dim": 16}),
+    "wav2vec2_pretraining, other masks": lambda: pretraining(
+        {"min_masks": 0, "norm_over_padding": True, "dim": 16}, cross_sample_negatives=3
+    ),
     "ctc": lambda: CTCModel(encoder(mask_channel_prob=0.2), 8, final_dropout=0.1, freeze_updates=5),
     "text_encoder": lambda: TextEncoder(vocab_size=9, dim=16, num_layers=1, ffn_dim=8, num_heads=2, max_positions=7),
 }
