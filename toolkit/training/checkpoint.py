@@ -146,9 +146,16 @@ class Checkpointer:
         Raises
         ------
         CheckpointError : it, or the one that was still being written, could not be written (disk full, no rights);
-            nothing half is left, and those written before stay as they were.
+            nothing half is left, and those written before stay as they were. A save that waits is tried in any case,
+            as it may be the last: where it succeeds, the failure of the one before is a warning.
         """
-        self.wait()
+        failure: CheckpointError | None = None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if not wait:
+                raise
+            failure = error
         snapshot = Snapshot(detached=False) if wait else self._snapshot
         snapshot.begin()
         tensors, values = self._collect(snapshot.copy if self.world.is_main else _not_needed)
@@ -165,7 +172,12 @@ class Checkpointer:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
         if wait:
-            run_on_main(self.world, self._write, int(update), tensors, content)
+            try:
+                run_on_main(self.world, self._write, int(update), tensors, content)
+            except CheckpointError as error:
+                raise failure or error  # the first is the one to be told of
+            if failure is not None:
+                self._warn(_capitalized(failure))
         else:
             self._is_pending = True
             if self.world.is_main:
@@ -203,7 +215,7 @@ class Checkpointer:
         try:
             self._writer.wait()
         except Exception as error:
-            self._warn(str(error)[:1].upper() + str(error)[1:])
+            self._warn(_capitalized(error))
 
     def _write(self, update: int, tensors: dict[str, dict[str, torch.Tensor]], content: dict[str, Any]) -> None:
         target = self.folder / step_name(update)
@@ -369,7 +381,7 @@ class Checkpointer:
         try:
             self._check_sound(path)
         except CheckpointError as error:
-            self._warn(str(error)[0].upper() + str(error)[1:])
+            self._warn(_capitalized(error))
             return False
         return True
 
@@ -458,6 +470,10 @@ def _ranked(infos: list[CheckpointInfo], metric: str | None, mode: str) -> list[
     sign = -1.0 if mode == "max" else 1.0
     able = [info for info in infos if not math.isnan(info.metrics.get(metric, math.nan))]
     return sorted(able, key=lambda info: (sign * info.metrics[metric], -info.update))
+
+
+def _capitalized(error: Exception) -> str:
+    return str(error)[:1].upper() + str(error)[1:]
 
 
 def _not_needed(tensor: torch.Tensor, is_temporary: bool) -> torch.Tensor:

@@ -63,6 +63,13 @@ def break_folder(folder: Path) -> None:
     folder.write_text("")
 
 
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def tensor_files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
 
@@ -232,6 +239,19 @@ def test_a_failure_is_raised_once_where_the_next_waits(tmp_path):
         shutil.rmtree(folder)
 
 
+def test_a_save_that_waits_is_tried_though_the_one_before_failed(tmp_path):
+    folder = tmp_path / "save"
+    break_folder(folder)
+    checkpointer = make_checkpointer(folder)[0]
+    checkpointer.save(1, wait=False)
+    wait_for(lambda: not checkpointer.is_writing)
+    folder.unlink()
+    assert checkpointer.save(2).exists()
+    assert len(checkpointer.warned) == 1 and checkpointer.warned[0].startswith(
+        f"The checkpoint {folder / 'step_00000001'} could not be written (there is no earlier one): "
+    )
+
+
 def test_a_failure_that_nobody_waits_for_is_a_warning(tmp_path):
     folder = tmp_path / "save"
     break_folder(folder)
@@ -335,13 +355,6 @@ def test_a_run_that_ends_by_an_error_has_written_what_it_began(tmp_path):
     with pytest.raises(ZeroDivisionError):
         make(Broken, checkpointer=checkpointer, max_updates=9, ckpt_interval_updates=3).fit(one_epoch(9))
     assert not checkpointer.is_writing and [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
-
-
-def wait_for(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 def test_a_failure_ends_the_run_at_the_next_update(tmp_path):
