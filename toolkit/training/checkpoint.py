@@ -174,8 +174,10 @@ class Checkpointer:
         if wait:
             try:
                 run_on_main(self.world, self._write, int(update), tensors, content)
-            except CheckpointError as error:
-                raise failure or error  # the first is the one to be told of
+            except CheckpointError:
+                if failure is not None:
+                    raise failure from None  # the first is the one to be told of
+                raise
             if failure is not None:
                 self._warn(_capitalized(failure))
         else:

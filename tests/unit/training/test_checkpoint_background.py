@@ -370,7 +370,7 @@ def test_a_failure_ends_the_run_at_the_next_update(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         brain.fit(one_epoch(500))
     assert str(caught.value).startswith(f"the checkpoint {folder / 'step_00000005'} could not be written ")
-    assert brain.update == 7
+    assert brain.update in (6, 7)  # the thread may fail before the sixth update is complete, or after
 
 
 TWO_PROCESSES = """
@@ -399,10 +399,9 @@ world.close()
 """
 
 
-@pytest.mark.parametrize(("interval", "broken", "last"), [(5, 4, 7), (1, 5, 6)])
-def test_a_failure_of_the_main_process_ends_both(tmp_path, interval, broken, last):
+@pytest.mark.parametrize(("interval", "broken"), [(5, 4), (1, 5)])
+def test_a_failure_of_the_main_process_ends_both(tmp_path, interval, broken):
     """With few saves the failure travels with an update; with one after each update the next save may meet it first."""
     output = torchrun(tmp_path, TWO_PROCESSES.replace("INTERVAL", str(interval)).replace("BROKEN", str(broken)))
-    for rank in (0, 1):
-        assert f"process {rank} ends at update {last}: the checkpoint {tmp_path / 'save'}/step_0000000" in output
-    assert output.count("could not be written (there is no earlier one): ") == 2
+    said = f"ends at update %d: the checkpoint {tmp_path / 'save' / 'step_00000005'} could not be written (there is no"
+    assert any(f"process 0 {said % last}" in output and f"process 1 {said % last}" in output for last in (6, 7))
