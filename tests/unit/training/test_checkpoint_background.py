@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,11 @@ def test_a_tensor_that_lives_only_for_the_save_is_not_taken_for_another():
     snapshot.begin()
     copies = [snapshot.copy(torch.full((1000,), float(value))) for value in range(20)]
     copies += [snapshot.copy(torch.full((1000,), float(value)), True) for value in range(20, 40)]
+    gathered = torch.ones(3)
+    is_held = weakref.ref(gathered)
+    snapshot.copy(gathered, True)
+    del gathered
+    assert is_held() is None  # gathered one by one, they must not add up to the whole model
     snapshot.end()
     assert [int(copy[0]) for copy in copies] == list(range(40))
 
