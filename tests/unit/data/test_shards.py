@@ -431,7 +431,7 @@ def test_a_window_that_is_no_entry_is_bad_audio_and_named(packed, speech):
         {"offset": 512 + 512},  # behind its beginning
         {"size": size - 1},  # all but the end
         {"size": size + 1024},  # over the next header
-        {"offset": 512 + -(-size // 512) * 512},  # the header of the row
+        {"offset": 512 + -(-size // 512) * 512, "size": 512},  # the header of the row
     ]
     for change in lies:
         changed = [first | change, *rows[1:]]
