@@ -53,8 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_folder", required=True, help="folder of .flac files")
-    parser.add_argument("--utterances", type=int, default=400, help="utterances of a pass")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--utterances", type=int, default=200, help="utterances of a pass")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch_seconds", type=float, default=100.0)
     parser.add_argument("--crop_seconds", type=float, default=4.0)
