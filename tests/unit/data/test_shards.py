@@ -380,6 +380,8 @@ def test_verify_names_what_is_wrong(speech, packed):
         ({"shard": "../shard-000000.tar"}, "is outside the manifest's folder"),
         ({"shard": "/etc/passwd.tar"}, "is outside the manifest's folder"),
         ({"shard": "sub/../../x.tar"}, "is outside the manifest's folder"),
+        ({"shard": "linked/../shard-000000.tar"}, "is outside the manifest's folder"),
+        ({"shard": "folder.tar/../shard-000000.tar"}, "is outside the manifest's folder"),
         ({"shard": "link.tar"}, "is outside the manifest's folder"),
         ({"shard": "linked/out.tar"}, "is outside the manifest's folder"),
         ({"shard": "/etc/passwd"}, "expected the name of a .tar file"),
