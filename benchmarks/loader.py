@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def measure_large(options: argparse.Namespace, which: str, path: str) -> dict[st
     """Start-up and memory on a large manifest, in a process that has done nothing else."""
     gc.collect()
     base, started = memory(), time.perf_counter()
-    batches: Iterator[Any]
+    batches: Iterable[Any]
     if which == "ours":
         manifest = read_manifest(path)
         read = time.perf_counter()
@@ -232,12 +232,11 @@ def measure_large(options: argparse.Namespace, which: str, path: str) -> dict[st
         read = time.perf_counter()
         size = max(1, round(options.batch_seconds / options.crop_seconds))
         collate = Collate(round(options.crop_seconds * RATE))
-        batches = iter(
-            DataLoader(WholeFiles(rows), size, shuffle=True, num_workers=WORKERS_OF_NODE, collate_fn=collate,
-                       prefetch_factor=PREFETCH)
-        )  # fmt: skip
+        batches = DataLoader(WholeFiles(rows), size, shuffle=True, num_workers=WORKERS_OF_NODE, collate_fn=collate,
+                             prefetch_factor=PREFETCH)  # fmt: skip
         planned = time.perf_counter()
-    main = memory()
+    main = memory()  # no worker shares it yet
+    batches = iter(batches)
     next(batches)
     first = time.perf_counter()
     for _ in itertools.islice(batches, 100):
