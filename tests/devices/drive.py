@@ -1,11 +1,12 @@
 """Real runs in one process, one after the other, each step watched: ``python drive.py JOBS.json RESULTS.json``.
 
-A job is {"script", "words", "stop"}: what a person would type, and the update before which the run gets SIGTERM (or
-null). A result is how it ended and what `Watch` saw.
+A job is {"script", "words", "stop", "watch"}: what a person would type, the update before which the run gets SIGTERM
+(or null), and whether its steps are watched. A result is how it ended and what `Watch` saw.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -66,14 +67,14 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     forward, finish = Brain.fit_batch, UpdateStep.finish
 
     def watched(call: Any, *arguments: Any) -> Any:
-        torch.ops.npu_standin.take_fallbacks()
-        with watch:
+        torch.ops.npu_standin.take_fallbacks()  # those of the probe are none of the step's
+        with watch if job["watch"] else contextlib.nullcontext():
             result = call(*arguments)
         fallbacks.update(torch.ops.npu_standin.take_fallbacks())
         return result
 
     def fit_batch(self: Brain, micro: Any) -> None:
-        if job.get("stop") is not None and self.update >= job["stop"]:
+        if job["stop"] is not None and self.update >= job["stop"]:
             os.kill(os.getpid(), signal.SIGTERM)
         watched(forward, self, micro)
 

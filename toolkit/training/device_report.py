@@ -51,12 +51,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         count, reason = device_count(kind)
         if not count:
             print(f"{kind.name} ({kind.title}) is not here, because {reason}.\nIt needs {install_words(kind)}.")
-            print("\n".join(["", *_version_lines(kind)]))
+            print("\n".join(_version_lines(kind)))
             return ABSENT
         here = [kind]
     for kind in here:
         wanted = arguments.device if arguments.device and ":" in arguments.device else kind.name
-        print("\n".join(["", *_describe(resolve_device(wanted), arguments)]), flush=True)
+        blank = [] if arguments.device else [""]
+        print("\n".join([*blank, *_describe(resolve_device(wanted), arguments)]), flush=True)
     return 0
 
 
