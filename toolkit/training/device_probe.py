@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.training.devices import Device
+from toolkit.training.devices import Device, first_line
 
 CTC_LOSS = "ctc_loss"
 FUSED_OPTIMIZER = "fused_optimizer"
@@ -94,7 +94,7 @@ def _reason_against(candidate: Candidate, device: torch.device) -> str:
         try:
             found = [tensor.cpu() for tensor in candidate.run(_inputs(device))]
         except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-            return f"is refused by {device.type} ({(str(error).splitlines() or [repr(error)])[0]})"
+            return f"is refused by {device.type} ({first_line(error)})"
     lacking = sorted(name for name in recorder.operators if not has_kernel(name, device.type))
     if lacking:
         return f"falls back to the CPU ({', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel)"

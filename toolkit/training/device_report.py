@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from toolkit.errors import DeviceError
 from toolkit.training.device_probe import try_device
@@ -18,6 +19,7 @@ from toolkit.training.devices import (
     DeviceKind,
     device_count,
     device_kind,
+    first_line,
     install_words,
     prepare_process,
     resolve_device,
@@ -26,6 +28,9 @@ from toolkit.training.options import RunOptions
 
 COPIED_BYTES = 256 << 20
 """A copy of so much shows the memory's speed, not that of a cache."""
+
+FIRST_SIZE, LARGEST_SIZE = 256, 8192
+"""Rows and columns of the matrices: doubled until ten products fill the time, or as many as any device wants."""
 
 ABSENT = 1
 """Exit code where the device that was named is not here."""
@@ -96,7 +101,7 @@ def _version_lines(kind: DeviceKind) -> list[str]:
 
 
 def speed_lines(
-    device: Device, *, seconds: float = 1.0, size: int | None = None, copied_bytes: int = COPIED_BYTES
+    device: Device, *, seconds: float = 1.0, largest: int = LARGEST_SIZE, copied_bytes: int = COPIED_BYTES
 ) -> list[str]:
     """A line for each format of the device's products: GFLOP/s of a product of square matrices, GB/s of a copy.
 
@@ -104,7 +109,7 @@ def speed_lines(
     ---------
     device : where.
     seconds : how long each of the figures is measured.
-    size : rows and columns of the matrices; None takes the row's.
+    largest : rows and columns of the matrices at most.
     copied_bytes : size of the tensor that is copied; it counts twice, once read and once written.
     """
     lines = []
@@ -113,20 +118,29 @@ def speed_lines(
             continue
         name = str(DTYPES[precision]).removeprefix("torch.")
         try:
-            product = product_rate(device, DTYPES[precision], size or device.kind.product_size, seconds)
+            product = product_rate(device, DTYPES[precision], largest, seconds)
             copy = copy_rate(device, DTYPES[precision], copied_bytes, seconds)
         except (RuntimeError, TypeError) as error:  # memory, or a format that the device does not have
-            lines.append(f"  {name:8}  not to be measured ({(str(error).splitlines() or [repr(error)])[0]})")
+            lines.append(f"  {name:8}  not to be measured ({first_line(error)})")
             continue
         lines.append(f"  {name:8}  product {product / 1e9:11,.1f} GFLOP/s   copy {copy / 1e9:8,.1f} GB/s")
     return lines
 
 
-def product_rate(device: Device, dtype: torch.dtype, size: int, seconds: float) -> float:
-    """Floating point operations per second in products of two matrices (size, size)."""
-    left, right = (torch.randn(size, size).to(device.torch_device, dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return 2.0 * size**3 * _calls_per_second(device, lambda: torch.mm(left, right, out=out), seconds)
+def product_rate(device: Device, dtype: torch.dtype, largest: int, seconds: float) -> float:
+    """Floating point operations per second in products of two square matrices of at most so many rows."""
+    size = min(FIRST_SIZE, largest)
+    while True:
+        left, right = (torch.randn(size, size).to(device.torch_device, dtype) for _ in range(2))
+        out = torch.empty_like(left)
+
+        def multiply(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> None:
+            torch.mm(left, right, out=out)
+
+        # Twice as many rows are eight times the work.
+        if 2 * size > largest or 80 / _calls_per_second(device, multiply, 0.0) > seconds:
+            return 2.0 * size**3 * _calls_per_second(device, multiply, seconds)
+        size *= 2
 
 
 def copy_rate(device: Device, dtype: torch.dtype, copied_bytes: int, seconds: float) -> float:
@@ -137,7 +151,7 @@ def copy_rate(device: Device, dtype: torch.dtype, copied_bytes: int, seconds: fl
 
 
 def _calls_per_second(device: Device, work: Callable[[], object], seconds: float) -> float:
-    """How often ``work`` is done in a second; the device is waited for about ten times."""
+    """How often ``work`` is done in a second (once at least); the device is waited for about ten times."""
 
     def done(calls: int) -> None:
         for _ in range(calls):
@@ -147,9 +161,9 @@ def _calls_per_second(device: Device, work: Callable[[], object], seconds: float
 
     done(1)  # the first call sets things up
     calls, at_once, elapsed, began = 0, 1, 0.0, time.perf_counter()
-    while elapsed < seconds:
+    while not calls or elapsed < seconds:
         done(at_once)
         calls += at_once
         elapsed = time.perf_counter() - began
         at_once = max(1, int(calls / max(elapsed, 1e-9) * seconds / 10))
-    return calls / elapsed
+    return calls / max(elapsed, 1e-9)

@@ -62,7 +62,6 @@ class DeviceKind:
     probed : whether a run first tries which operators the device has (`toolkit.training.device_probe`).
     host_operations : those expected to be missing, until it is tried.
     environment : advice on variables.
-    product_size : rows and columns of the matrices of which `devices` measures the product.
     """
 
     name: str
@@ -85,7 +84,6 @@ class DeviceKind:
     probed: bool = True
     host_operations: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
-    product_size: int = 8192
 
 
 def cpu_capabilities() -> dict[str, Any]:
@@ -125,7 +123,6 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
         precisions=("fp32", "bf16"),
         has_bf16=_cpu_has_bf16,
         probed=False,
-        product_size=2048,
     ),
     DeviceKind(
         name="cuda",
@@ -188,7 +185,6 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
         float64=False,
         host_operations=("ctc_loss",),
         environment=("PYTORCH_ENABLE_MPS_FALLBACK=1",),
-        product_size=4096,
     ),
 )
 
@@ -327,6 +323,11 @@ def _module(type_name: str) -> ModuleType | None:
     return getattr(torch, type_name, None)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of torch or of a plugin says first."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 def device_count(kind: DeviceKind) -> tuple[int, str]:
     """How many devices of this kind there are, and why none (a half sentence) when there is none."""
     if kind.name == "cpu":
@@ -335,7 +336,7 @@ def device_count(kind: DeviceKind) -> tuple[int, str]:
         try:
             importlib.import_module(kind.plugin)
         except PLUGIN_ERRORS as error:
-            return 0, f"{kind.plugin} cannot be imported ({str(error).splitlines()[0] if str(error) else error!r})"
+            return 0, f"{kind.plugin} cannot be imported ({first_line(error)})"
     module = _module(kind.name)
     if module is None:
         return 0, f"this build of torch has no torch.{kind.name}"
@@ -343,7 +344,7 @@ def device_count(kind: DeviceKind) -> tuple[int, str]:
         available = torch.backends.mps.is_available() if kind.name == "mps" else module.is_available()
         count = int(module.device_count()) if available else 0
     except PLUGIN_ERRORS as error:
-        return 0, f"its driver refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+        return 0, f"its driver refuses ({first_line(error)})"
     return count, "" if count else f"torch {torch.__version__} finds no such device"
 
 

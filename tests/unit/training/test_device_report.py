@@ -41,7 +41,7 @@ def test_without_figures(capsys):
 
 
 def test_a_line_of_figures_for_each_format():
-    lines = speed_lines(resolve_device("cpu"), seconds=0.001, size=16, copied_bytes=4096)
+    lines = speed_lines(resolve_device("cpu"), seconds=0.001, largest=16, copied_bytes=4096)
     assert len(lines) == 2
     for line, name in zip(lines, ("float32", "bfloat16"), strict=True):
         figures = re.fullmatch(rf"  {name} +product +([\d.,]+) GFLOP/s   copy +([\d.,]+) GB/s", line)
@@ -53,7 +53,7 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(device_report, "product_rate", refuse)
-    assert speed_lines(resolve_device("cpu"), seconds=0.001, size=16) == [
+    assert speed_lines(resolve_device("cpu"), seconds=0.001, largest=16) == [
         f"  {name:8}  not to be measured (out of memory)" for name in ("float32", "bfloat16")
     ]
 
