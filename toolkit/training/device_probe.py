@@ -108,7 +108,8 @@ def _reason_against(candidate: Candidate, device: torch.device) -> str:
 def has_kernel(operator: str, device_type: str) -> bool:
     """Whether torch knows a kernel of ``operator`` (``aten::_ctc_loss``) for a device, or takes it apart itself.
 
-    True where this torch cannot be asked.
+    A kernel from a source file of fall-backs is none: xpu names there what it passes on to the host. True where this
+    torch cannot be asked.
 
     Example
     -------
@@ -119,7 +120,17 @@ def has_kernel(operator: str, device_type: str) -> bool:
     key_of = getattr(torch._C, "_dispatch_key_for_device", None)
     if ask is None or key_of is None:
         return True
-    return any(ask(operator, key) for key in (key_of(device_type), *OWN_KERNELS))
+    own = key_of(device_type)
+    if ask(operator, own):
+        return "fallback" not in registered_at(operator, own).lower()
+    return any(ask(operator, key) for key in OWN_KERNELS)
+
+
+def registered_at(operator: str, key: str) -> str:
+    """The source file and line of a kernel, as torch noted it; empty where that cannot be asked."""
+    dump = getattr(torch._C, "_dispatch_dump", lambda operator: "")(operator)
+    lines = (line.partition(" :: ")[0] for line in dump.splitlines())
+    return next((line.partition(" registered at ")[2] for line in lines if line.startswith(f"{key}: ")), "")
 
 
 class _Recorder(TorchDispatchMode):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolkit.training import device_probe
-from toolkit.training.device_probe import CANDIDATES, Candidate, has_kernel, try_device, try_operators
+from toolkit.training.device_probe import CANDIDATES, Candidate, has_kernel, registered_at, try_device, try_operators
 from toolkit.training.devices import Device, device_kind, resolve_device
 
 CPU = torch.device("cpu")
@@ -84,3 +84,9 @@ def test_a_missing_kernel_is_seen_in_torchs_own_table(monkeypatch):
 def test_kernels(operator, here, there):
     """A build of torch without Gaudi has no kernels for it, only what torch takes apart itself."""
     assert has_kernel(operator, "cpu") is here and has_kernel(operator, "hpu") is there
+
+
+def test_a_kernel_that_only_passes_on_is_none(monkeypatch):
+    assert "RegisterCPU" in registered_at("aten::_ctc_loss", "CPU")
+    monkeypatch.setattr(device_probe, "registered_at", lambda operator, key: "aten/src/xpu/XPUFallback.template:12")
+    assert not has_kernel("aten::_ctc_loss", "cpu")
