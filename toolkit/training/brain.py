@@ -213,6 +213,14 @@ class Brain:
             self.say("test_only: no training.")
             return
         self._prepare_fit(train_loader)
+        try:
+            self._fit(train_loader, valid_loader)
+        except BaseException:
+            self._parallel.abandon()
+            raise
+        self._parallel = self._parallel.finish()
+
+    def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
         length = self.progress.length
         if length.is_reached(self.update):
             if valid_loader is not None and length.finished_limits is None and not self._is_validated():
@@ -238,7 +246,6 @@ class Brain:
                 self._save_and_requeue()
         self._profiler.close()
         close(train_loader)
-        self._parallel = self._parallel.finish()
         self.loggers.pause()
         self._stop = StopSignal()
         if stop.received and self.world.size == 1:

@@ -9,6 +9,7 @@ order, whatever came to them; `Shards` sees to that.
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,9 @@ class Parallel(Protocol):
     def finish(self) -> Parallel:
         """Training is over: every rank has whole modules again; returns who answers from now on."""
 
+    def abandon(self) -> None:
+        """The run ends here, whatever the others do: let go of the process group."""
+
 
 class Replicas:
     """Every rank holds the whole model; gradients are summed once an update, in flat pieces.
@@ -96,6 +100,9 @@ class Replicas:
         """They are whole already."""
         return self
 
+    def abandon(self) -> None:
+        """Nothing holds it."""
+
 
 class Shards:
     """Torch's fully sharded data parallelism (FSDP2): parameters, gradients and the optimizer's state in shards.
@@ -136,6 +143,9 @@ class Shards:
             dist.init_process_group("gloo" if device.type == "cpu" else device.backend, store=dist.HashStore(),
                                     rank=0, world_size=1)  # fmt: skip
         mesh = init_device_mesh(device.type, (world.size,))
+        # torch's caches keep meshes for ever; one that keeps the group would keep its threads, see `init_world`. The
+        # mesh finds its group by name.
+        getattr(mesh, "_pg_registry", {}).clear()
         self._before = [_Before(module) for module in modules.modules()]
         self._roots = [module for module in modules.values() if any(True for _ in module.parameters())]
         self._units: list[Any] = []
@@ -224,17 +234,26 @@ class Shards:
         """See `Parallel` (a collective)."""
         for unit in self._units:
             unit.reshard()
-        whole = {name: parameter.full_tensor().detach() for name, parameter in self.modules.named_parameters()}
-        trained = {name: parameter.requires_grad for name, parameter in self.modules.named_parameters()}
+        whole = {
+            name: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+            for name, parameter in self.modules.named_parameters()
+        }
+        self.abandon()
+        for name, parameter in whole.items():
+            owner, _, last = name.rpartition(".")
+            setattr(self.modules.get_submodule(owner), last, parameter)
+        return Replicas(self.world)
+
+    def abandon(self) -> None:
+        """See `Parallel`; parameters stay in shards."""
         for before in self._before:
             before.restore()
-        for name, tensor in whole.items():
-            owner, _, last = name.rpartition(".")
-            setattr(self.modules.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=trained[name]))
         self._set_keep_all(False)
-        if self._own_group:
+        self._units.clear()
+        # What held the group refers to itself in circles.
+        gc.collect()
+        if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
-        return Replicas(self.world)
 
     def _set_resharding(self, on: bool) -> None:
         for unit in self._units:
