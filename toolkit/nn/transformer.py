@@ -21,6 +21,7 @@ from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, unpack_rows
 from toolkit.nn.fast.linear import layer_norm, linear_gelu, linear_residual, linear_residual_norm
 from toolkit.nn.positional import PositionalConv
+from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
 ROW_MULTIPLE = 8
@@ -440,7 +441,8 @@ class TransformerEncoder(nn.Module):
         padding = None
         if frame_lengths is not None and not packed:
             # attention without any key would give no number: an utterance has one frame at least
-            padding = padding_mask(frame_lengths.to(x.device, non_blocking=True).clamp(min=1), frames)
+            frame_lengths = to_device(frame_lengths, x.device)
+            padding = padding_mask(frame_lengths.clamp(min=1), frames)
             x = x.masked_fill(padding[..., None], 0)
         layout = Layout(full_lengths(frame_lengths if packed else None, batch, frames), padding, packed)
         x = x + self.positional(x, None if padding_too else frame_lengths)

@@ -231,7 +231,7 @@ class Brain:
             return
         length.start(self.update)
         self._first_update = self.update
-        with StopSignal(self.world) as stop:
+        with contextlib.closing(self.saver), StopSignal(self.world) as stop:
             self._stop = stop
             try:
                 if self.update == 0 and valid_loader is not None:
@@ -333,9 +333,9 @@ class Brain:
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
-        wishes.append(main * self._estimated_total())
+        wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
         finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
-        stops, interrupts, saves, total = finished.values
+        stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:
             progress.add(name, amount, count)
@@ -353,6 +353,9 @@ class Brain:
         self.on_update_end(finished.result)
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
+        if fails > 0:
+            # The main process could not write the last checkpoint: all end here, with its error.
+            self.saver.wait()
         return stops > 0, saves > 0
 
     def _after_update(self, epoch: int, valid_loader: MicroBatches | None, *, stops: bool, saves: bool) -> None:
@@ -381,7 +384,7 @@ class Brain:
         if stops and not ends:
             self._save_and_requeue()
         if ends or saves or metrics is not None:
-            self.saver.save(metrics)
+            self.saver.save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()

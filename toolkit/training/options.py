@@ -72,6 +72,9 @@ class RunOptions:
     valid_interval_updates: int | None = _option(None, "Updates between two validations; null: at each epoch's end.")
     ckpt_interval_minutes: float | None = _option(15.0, "Minutes between two checkpoints; null: off.")
     ckpt_interval_updates: int | None = _option(None, "Updates between two checkpoints; null: off.")
+    async_save: bool = _option(
+        True, "Write checkpoints beside training, from a copy in host memory (as large as they are); False: it waits."
+    )
     keep_last: int = _option(2, "How many of the newest checkpoints to keep.")
     keep_best: int = _option(1, "How many of the best checkpoints to keep.")
     debug: bool = _option(False, "A few steps of everything: train, valid, checkpoint, resume, test.")
