@@ -24,7 +24,7 @@ def test_fewer_utterances_than_ranks(tmp_path, parallel, processes):
     run(kind, tmp_path / "one")
     run(kind, tmp_path / "many", processes=processes, parallel=parallel)
     weights, tensor = largest_difference(tmp_path / "many", tmp_path / "one")
-    assert weights <= 1e-5, tensor
+    assert weights <= 1e-6, tensor
     assert largest_relative_difference(tmp_path / "many", tmp_path / "one") <= 1e-5
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("many", "one")]
     assert summaries[0]["test_loss"] == pytest.approx(summaries[1]["test_loss"], rel=1e-5)
@@ -47,5 +47,5 @@ def test_micro_batches_of_one_rank_that_cannot_be_read(tmp_path, parallel):
     ended = run(kind, tmp_path / "two", processes=2, parallel=parallel)
     assert "left out" in ended.stderr
     weights, tensor = largest_difference(tmp_path / "two", tmp_path / "one")
-    assert weights <= 1e-5, tensor
+    assert weights <= 1e-6, tensor
     assert largest_relative_difference(tmp_path / "two", tmp_path / "one") <= 1e-5

@@ -22,6 +22,7 @@ from toolkit.errors import (
 )
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
@@ -559,8 +560,8 @@ class Brain:
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         if self.options.compile:
-            for module in self.modules.values():
-                module.compile(mode=self.options.compile_mode, dynamic=False)
+            by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
+            compile_modules(self.modules, by_block=by_block, mode=self.options.compile_mode)
         self.say(describe_modules(self.modules))
         self.world.at(f"update {self.update + 1}")
         self.on_fit_start()

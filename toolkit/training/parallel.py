@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 from toolkit.errors import ConfigError
 from toolkit.training.devices import Device
@@ -281,6 +282,8 @@ class _Before:
         for name, hooks in self.hooks.items():
             self.module.__dict__[name].clear()
             self.module.__dict__[name].update(hooks)
+        # torch's own list of what was sharded would not let it be sharded again.
+        getattr(_composable_state, "_module_state_mapping", {}).pop(self.module, None)
 
 
 def _is_hooks(name: str, value: Any) -> bool:
