@@ -150,6 +150,7 @@ class Shards:
         self._before = [_Before(module) for module in modules.modules()]
         self._roots = [module for module in modules.values() if any(True for _ in module.parameters())]
         self._units: list[Any] = []
+        self._ran: set[Any] = set()  # what runs for the first time is set up by torch for it
         for root in self._roots:
             blocks = root.blocks() if hasattr(root, "blocks") else []
             for unit in (*blocks, root):
@@ -159,6 +160,7 @@ class Shards:
                 unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
                 self._units.append(unit)
             root.set_reduce_scatter_unused_params(True)
+            root.register_forward_pre_hook(lambda module, _: self._ran.add(module))
         self._set_keep_all(True)
         self._used: set[str] = set()
         self._watched: set[str] = set()
@@ -227,8 +229,10 @@ class Shards:
             yield
         finally:
             self._set_resharding(True)
-            for root in self._roots:
-                # Also forgets who ran what: ranks that ran less would otherwise prefetch less in the next backward.
+            for unit in self._units:
+                unit.reshard()
+            for root in self._ran:
+                # Forget who ran what: ranks that ran less would otherwise prefetch less in the next backward.
                 root.reset_iter_state()
 
     def finish(self) -> Replicas:
@@ -251,6 +255,7 @@ class Shards:
             before.restore()
         self._set_keep_all(False)
         self._units.clear()
+        self._ran.clear()
         # What held the group refers to itself in circles.
         gc.collect()
         if self._own_group and dist.is_initialized():
