@@ -64,7 +64,7 @@ class Attendance:
         """The ranks that are behind this one, in words; empty where none is known to be."""
         places = self._places()
         if places is None:  # a launcher keeps the store, or else the first rank
-            return "" if self.rank == 0 else "the process that keeps the list of places (a launcher's, or process 0)"
+            return "" if self.rank == 0 else "a process, perhaps process 0, whose list of places does not answer"
         behind = [(rank, place) for rank, place in enumerate(places) if place is None or place.count < self._count]
         if not behind:
             return ""
