@@ -243,7 +243,7 @@ class Loader:
             self._stream = None
             raise TrainingError(
                 "a loader worker was killed, most likely because memory (or shared memory, /dev/shm) ran out; lower "
-                "num_workers or batch_seconds, and run the same command again to resume."
+                "num_workers or the batch (batch_seconds, batch_tokens), and run the same command again to resume."
             ) from error
         if isinstance(made, _Failure):
             self.close()
