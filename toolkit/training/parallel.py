@@ -239,10 +239,11 @@ class Shards:
         """See `Parallel` (a collective)."""
         for unit in self._units:
             unit.reshard()
-        whole = {
-            name: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
-            for name, parameter in self.modules.named_parameters()
-        }
+        with self.world.in_words("gather the whole model"):
+            whole = {
+                name: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+                for name, parameter in self.modules.named_parameters()
+            }
         self.abandon()
         for name, parameter in whole.items():
             owner, _, last = name.rpartition(".")
