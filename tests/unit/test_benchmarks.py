@@ -110,6 +110,23 @@ def test_the_loop_of_the_recipe_beside_the_bare_step():
     assert result["loop"] > 0 and result["step"] > 0 and 0 < result["share"]
 
 
+def test_the_loader_from_files_and_shards_beside_the_peer():
+    corpus = ROOT / "tests" / "fixtures" / "librispeech_tiny" / "dev-clean"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "loader.py"), "--data_folder", str(corpus), "--rounds", "1",
+               "--utterances", "12", "--rows", "3000", "--workers", "0", "1", "--batch_seconds", "16"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["throughput"]) == {f"{mode}, {count} workers" for mode in ("pad", "crop") for count in (0, 1)}
+    for ways in result["throughput"].values():
+        assert set(ways) == {"loose", "shards", "pcm", "torch_dataloader"}
+        # The same audio goes through all of them; crops of the peer are of the same length.
+        totals = [way["audio_seconds_per_second"] * way["walls"][0] for way in ways.values()]
+        assert max(totals) < 1.2 * min(totals)
+    for which in ("ours", "torch_dataloader"):
+        assert result["large"][which]["seconds_to_first_batch"] > 0 and result["large"][which]["node_growth_mb"] > 0
+
+
 def test_what_a_checkpoint_costs(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--size", "tiny", "--seconds", "1",
