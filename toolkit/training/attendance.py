@@ -70,7 +70,8 @@ class Attendance:
             return ""
         lowest = behind[0][1]
         if len({None if place is None else str(place) for _, place in behind}) == 1:
-            came = "whose last sign of life came from " + str(lowest) if lowest else "which has given no sign of life"
+            silent = f"which {'has' if len(behind) == 1 else 'have'} given no sign of life"
+            came = f"whose last sign of life came from {lowest}" if lowest else silent
             return f"{_ranks([rank for rank, _ in behind])}, {came}"
         named = [f"{rank} (last seen in {place or 'nothing'})" for rank, place in behind[:NAMED]]
         more = f" and {len(behind) - NAMED} more" if len(behind) > NAMED else ""
