@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ class StepResult:
     grad_norm: Tensor
     skipped: Tensor
     faulty: Tensor
+
+
+class UpdateGivenUp(Exception):
+    """Another rank has given this update up before it began to change anything; ``failures`` are the reasons told."""
+
+    def __init__(self, failures: list[Any]) -> None:
+        super().__init__(failures)
+        self.failures = failures
 
 
 class UpdateStep:
@@ -80,6 +89,10 @@ class UpdateStep:
         Returns
         -------
         Finished(result, values): the outcome, and the sums of ``values``.
+
+        Raises
+        ------
+        UpdateGivenUp : on all ranks, where one called `give_up` instead; nothing has changed then.
         """
         parameters, values = self._agree(trained_parameters(self.optimizer), list(values))
         if self.world.size > 1:
@@ -90,6 +103,10 @@ class UpdateStep:
         result = self._step(update, parameters, loss_sum, count)
         self.optimizer.zero_grad(set_to_none=True)
         return Finished(result, values)
+
+    def give_up(self, failure: Any) -> list[Any]:
+        """Instead of `finish`: tell the other ranks of ``failure`` (plain); returns the failures of all ranks."""
+        return [told for flags, told in self.world.gather_objects((None, failure)) if flags is None]
 
     def _agree(self, parameters: list[nn.Parameter], values: list[float]) -> tuple[list[nn.Parameter], list[float]]:
         """The parameters that have a gradient on any rank (zeros stand in elsewhere), and the sums of ``values``.
@@ -102,6 +119,9 @@ class UpdateStep:
         # One byte a parameter; gathered by the hosts, in rank order.
         mine = bytes(parameter.grad is not None for parameter in parameters)
         everyone = self.world.gather_objects((mine, values))
+        failures = [told for flags, told in everyone if flags is None]
+        if failures:
+            raise UpdateGivenUp(failures)
         chosen = []
         for parameter, *flags in zip(parameters, *(flags for flags, _ in everyone), strict=True):
             if any(flags):
