@@ -134,6 +134,7 @@ class Experiment:
         self.output_folder: Path = context.output_folder or Path()
         self._lock = lock
         self._manifests: dict[str, str] = {}
+        self._changes: dict[str, Callable[[], str]] = {}
         self._checkpointer: Checkpointer | None = None
         self._keep_record = keep_record
         self._has_weights = bool(hparams.get("pretrained"))
@@ -204,6 +205,7 @@ class Experiment:
             settings=self.settings,
             log=self.say,
         )
+        self._checkpointer.describe_changes.update(self._changes)
         brain = kind(
             modules,
             opt_class,
@@ -265,8 +267,9 @@ class Experiment:
         path = rows_path(self.output_folder, name)
         if self.world.is_main and not self.options.test_only and not has_checkpoints(self.output_folder):
             write_atomic(path, lambda temporary: write_rows(temporary, manifest))
+        self._changes[name] = partial(describe_changes, path, manifest)
         if self._checkpointer is not None:
-            self._checkpointer.describe_changes[name] = partial(describe_changes, path, manifest)
+            self._checkpointer.describe_changes.update(self._changes)
 
     def eval_loader(
         self, dataset: Any, *, batch_seconds: float, collate: Callable[..., Any] = collate_speech
