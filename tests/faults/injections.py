@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import soundfile
@@ -31,7 +31,6 @@ from tests.faults.real_runs import (
     TEMPLATE,
     Ended,
     Stop,
-    command_line,
     contents,
     data2vec_words,
     digits,
@@ -76,7 +75,7 @@ class Recipe:
 
     script: Path
     words_of: Callable[..., list[str]]
-    keys: dict[str, Any]
+    keys: ClassVar[dict[str, Any]]
 
     def __init__(self, folder: Path, *, updates: int = UPDATES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +109,7 @@ class Digits(Recipe):
     """CTC on spoken digits."""
 
     script, words_of = TEMPLATE, digits_words
-    keys = {
+    keys: ClassVar[dict[str, Any]] = {
         "batch_seconds": 3, "effective_batch": 6, "valid_interval_updates": 5, "final_dropout": 0.1,
         "evaluate": "last", **{f"encoder_training.{name}": value for name, value in RANDOM.items()},
     }  # fmt: skip
@@ -120,7 +119,7 @@ class Data2Vec(Recipe):
     """Pretraining with a teacher, which is part of the state."""
 
     script, words_of = DATA2VEC, data2vec_words
-    keys = {
+    keys: ClassVar[dict[str, Any]] = {
         "batch_seconds": 4, "effective_batch": 8, "valid_interval_updates": 5, "valid_splits": "[dev-clean]",
         "model.ema_decay": "[0.5, 0.9, 6]", **{f"model.encoder.{name}": value for name, value in RANDOM.items()},
     }  # fmt: skip
@@ -273,13 +272,11 @@ def stopped(recipe: Recipe, seed: int) -> Iterator[Injected]:
 
 
 def torchrun(recipe: Recipe, folder: Path, log: Path, *options: str, **keys: Any) -> subprocess.Popen:
-    """The command under a real torchrun with two processes."""
-    words = command_line(recipe.script, recipe.words(folder, **keys), processes=2)
-    place = words.index(str(recipe.script))
+    """The command with two processes under a real torchrun, through the toolkit's launcher."""
+    launcher = [sys.executable, "-m", "toolkit.launch", "--standalone", "--nproc-per-node=2", *options]
     with open(log, "w", encoding="utf-8") as file:
-        return subprocess.Popen(
-            [*words[:place], *options, *words[place:]], env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        words = [*launcher, str(recipe.script), *recipe.words(folder, **keys)]
+        return subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
 
 def torchrun_ended(process: subprocess.Popen, log: Path) -> Ended:
@@ -290,15 +287,16 @@ def torchrun_ended(process: subprocess.Popen, log: Path) -> Ended:
         process.kill()
 
 
-def rank_told(recipe: Recipe, seed: int) -> Iterator[Injected]:
-    """SIGUSR1 to one of two ranks under torchrun: both save and end with 75."""
-    folder, log = recipe.folder / "rank_told", recipe.folder / "rank_told.log"
-    process = torchrun(recipe, folder, log, ckpt_interval_updates="null")
-    wait_for(lambda: logged_update(folder) >= 2, lambda: process.poll() is None)
-    os.kill(children_of(process.pid)[-1], signal.SIGUSR1)
-    ended = torchrun_ended(process, log)
-    expect(ended, 1, "told to stop: saved at update ", "exitcode  : 75")
-    yield Injected("SIGUSR1 to one rank of two", lost_updates(folder))
+def ranks_told(recipe: Recipe, seed: int) -> Iterator[Injected]:
+    """Under torchrun SIGUSR1 to one of two ranks, then SIGTERM to the launcher: both save, and the code is 75."""
+    folder, log = recipe.folder / "ranks_told", recipe.folder / "ranks_told.log"
+    for number, wanted in ((signal.SIGUSR1, 2), (signal.SIGTERM, 7)):
+        process = torchrun(recipe, folder, log, ckpt_interval_updates="null")
+        wait_for(lambda wanted=wanted: logged_update(folder) >= wanted, lambda process=process: process.poll() is None)
+        to_rank = number == signal.SIGUSR1
+        os.kill(children_of(process.pid)[-1] if to_rank else process.pid, number)
+        expect(torchrun_ended(process, log), 75, "told to stop: saved at update ")
+        yield Injected(f"{number.name} to {'one rank of two' if to_rank else 'the launcher'}", lost_updates(folder))
     recipe.finish(folder, processes=2)
 
 
@@ -563,7 +561,7 @@ def two_runs(recipe: Recipe, seed: int) -> Iterator[Injected]:
 
 FAULTS: dict[str, Callable[[Recipe, int], Iterator[Injected]]] = {
     "told to stop": stopped,
-    "one rank told": rank_told,
+    "ranks told": ranks_told,
     "ranks killed": elastic,
     "defects": defects,
     "dead worker": dead_worker,

@@ -28,6 +28,10 @@ RESAMPLING_MARGIN = 0.1
 LONGEST = 1 << 40
 """Frames beyond which a header is taken for nonsense (libsndfile reports broken streams as endless)."""
 
+DENSEST = 1 << 13
+"""Samples of a channel in a byte, beyond which a header is taken for nonsense: FLAC's longest blocks of silence have
+6,000."""
+
 NORMALIZATION_EPS = 1e-5
 """fairseq normalizes a waveform with torch's layer_norm and its default eps."""
 
@@ -104,7 +108,9 @@ class AudioFile:
         if self.info.num_samples == 0:
             self.close()
             raise AudioError(f"{self.path} holds no samples; remove it from the manifest or record it again.")
-        if not 0 < self.info.num_samples < LONGEST or self.info.sample_rate <= 0:
+        is_known = 0 < self.info.num_samples < LONGEST and self.info.sample_rate > 0
+        # Not to be read as if it were true: memory would be taken for all that the header claims.
+        if not is_known or self.info.num_samples > DENSEST * _size(source):
             self.close()
             raise AudioError(f"{self.path} has a broken header; copy or encode the file again.")
 
@@ -262,6 +268,16 @@ def _source(path: str) -> str | BinaryIO:
         return path
     window = FileWindow(entry["archive"], int(entry["offset"]), int(entry["length"]))
     return io.BufferedReader(window, ZIP_BUFFER)  # type: ignore[return-value]
+
+
+def _size(source: str | BinaryIO) -> int:
+    """Bytes of what soundfile opened."""
+    if isinstance(source, str):
+        return os.path.getsize(source)
+    place = source.tell()
+    size = source.seek(0, io.SEEK_END)
+    source.seek(place)
+    return size
 
 
 def _why_not_opened(path: str) -> str:

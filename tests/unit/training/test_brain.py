@@ -517,7 +517,7 @@ def test_an_interrupt_that_the_shell_ignores_stays_ignored(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("update", [2, 4])
 def test_a_stop_breaks_a_validation_off_and_the_next_session_makes_up_for_it(tmp_path, number, update):
     train = ListLoader(*[[pairs(0, 4)]] * 4)
