@@ -4,7 +4,7 @@
 
 takes torchrun's options. When a run was told to stop (SIGTERM or SIGUSR1, to this process or to any rank) its ranks
 save and end with code 75; torchrun itself makes a 1 of that, like of any failure, and knows nothing of SIGUSR1, which
-ends it and leaves its ranks alone. Here SIGUSR1 is passed on as SIGTERM is, and the code is 75 (130 after Ctrl-C).
+ends it and leaves its ranks alone. Here SIGUSR1 is passed on as SIGTERM, and the code is 75 (130 after Ctrl-C).
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ REQUEUE = 75
 ENDED_BY_LAUNCHER = -signal.SIGTERM
 """Code of a rank that was ended because another one had ended."""
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-
 
 def main(argv: Sequence[str]) -> int:
     """Launch, and return the exit code: 0, 75, 130, or 1 after torchrun's own report of what failed."""
@@ -30,11 +28,10 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = list(argv)
-    if any("--signals_to_handle" in action.option_strings for action in run.get_args_parser()._actions):
-        words.insert(0, f"--signals_to_handle={SIGNALS}")  # torch 2.8 and later; a later one on the command line counts
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
-        run.main(words)
+        run.main(list(argv))
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         for code in (REQUEUE, INTERRUPTED):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -36,10 +37,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="only faults whose name has this in it (kills: 'kill -9')")
     parser.add_argument("--json", type=Path, help="where to write the counts as well")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="faults") as folder:
-        outcomes = run_all(Path(folder), number=options.kills, seed=options.seed, only=options.only)
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    outcomes = run_all(folder, number=options.kills, seed=options.seed, only=options.only)
     report = summarize(outcomes)
     print(as_table(report))
+    if report["wrong"]:
+        print(f"the runs are in {folder}")
+    else:
+        shutil.rmtree(folder)
     if options.json is not None:
         about = {"kills": options.kills, "seed": options.seed, "torch": torch.__version__, "on": platform.platform()}
         options.json.write_text(json.dumps({**about, **report}, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,6 @@ from toolkit.errors import (
     ConfigError,
     DeviceError,
     ModelError,
-    ToolkitError,
     TrainingError,
     WorkerError,
     is_out_of_memory,
@@ -338,11 +337,11 @@ class Brain:
                 self.on_update_given_up()
             if any(failure.is_stop for failure in failures):
                 self._save_and_requeue()
-        if self.update == 0 and isinstance(error, ToolkitError):
+        if self.update == 0 and all(failure.is_users for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
         outcome = save_crashed(
             self.saver, self.modules, self.optimizer, self.world,
-            error=error, saved_update=self._saved_update, is_whole=is_whole,
+            failures=failures, saved_update=self._saved_update, is_whole=is_whole,
         )  # fmt: skip
         path = None
         if self.world.is_main or not is_told:
@@ -350,7 +349,7 @@ class Brain:
             path = write_report(self.context.output_folder, failures, about=self._about(), outcome=outcome, name=name)
         first = failures[0]
         where = f" with {first.place.words}" if first.place.words else ""
-        why = "" if isinstance(error, ToolkitError) else f": {first.kind}"
+        why = "" if first.is_users else f": {first.kind}"
         report = f"; all of it is in {path}" if path else ""
         self.say(f"update {self.update} broke off{where}{why}; {outcome}{report}.")
         return TrainingError(first.sentence) if is_out_of_memory(error) else error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import CheckpointError, DivergenceError, describe_out_of_memory, is_out_of_memory
+from toolkit.errors import CheckpointError, DivergenceError, ToolkitError, describe_out_of_memory, is_out_of_memory
 from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
 from toolkit.training.guard import name_some
@@ -88,6 +88,7 @@ class Failure:
     rank : whose.
     kind, sentence : the error's class and words.
     place : the batch.
+    is_users : whether its sentence is written for the user (a `ToolkitError`).
     is_stop : whether it only follows from the run having been told to stop.
     trace : the traceback in lines.
     """
@@ -96,6 +97,7 @@ class Failure:
     kind: str
     sentence: str
     place: Place
+    is_users: bool = False
     is_stop: bool = False
     trace: tuple[str, ...] = ()
 
@@ -104,7 +106,7 @@ class Failure:
         """What ``error`` says; memory that ran out is told with the batch."""
         sentence = describe_out_of_memory(error, batch=place.words) if is_out_of_memory(error) else str(error)
         trace = tuple("".join(traceback.format_exception(error)).splitlines())
-        return cls(rank, type(error).__name__, sentence, place, is_stop, trace)
+        return cls(rank, type(error).__name__, sentence, place, isinstance(error, ToolkitError), is_stop, trace)
 
 
 def write_report(
@@ -133,7 +135,7 @@ def save_crashed(
     optimizer: torch.optim.Optimizer | None,
     world: World,
     *,
-    error: Exception,
+    failures: Sequence[Failure],
     saved_update: int,
     is_whole: bool,
 ) -> str:
@@ -141,7 +143,7 @@ def save_crashed(
 
     Arguments
     ---------
-    error : what ends the run.
+    failures : what ends the run; where all ranks are here, all give the same.
     saved_update : the update of the last checkpoint, 0 where there is none.
     is_whole : whether the state is that after a whole update, on all ranks, and all of them are here (a collective).
     """
@@ -151,9 +153,10 @@ def save_crashed(
         return "nothing is saved, as this Brain has no checkpointer"
     if update == saved_update:
         return f"{counts}, nothing was trained after it" if saved_update else "no update was complete, nothing is saved"
-    if isinstance(error, CheckpointError):
-        return counts
-    if isinstance(error, DivergenceError):
+    kinds = {failure.kind for failure in failures}
+    if CheckpointError.__name__ in kinds:
+        return "the last sound checkpoint counts"
+    if DivergenceError.__name__ in kinds:
         return f"no checkpoint is made of a training that went wrong; {counts}"
     if not is_whole:
         why = "the other processes were not there to save" if world.size > 1 else "the weights were being changed"
