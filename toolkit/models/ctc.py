@@ -71,6 +71,10 @@ class CTCModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.final_dropout, self.freeze_updates = final_dropout, freeze_updates
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return self.encoder.blocks()
+
     def forward(
         self,
         waveforms: Tensor,

@@ -23,6 +23,7 @@ from toolkit.nn.ema import DecayRamp, Teacher
 from toolkit.nn.fast.common import padding_mask
 from toolkit.nn.precision import explicit_precision
 from toolkit.nn.sizes import check_sizes
+from toolkit.nn.transfer import to_device
 from toolkit.nn.transformer import INITIAL_STD
 from toolkit.seeds import Randomness
 
@@ -41,33 +42,41 @@ TEACHER_INPUTS = ("paper", "fairseq")
 class Data2VecOutput:
     """What the task says about a batch; S masked positions, D channels.
 
+    On devices other than the CPU there are more rows than masked positions, always equally many for one shape of
+    batch; ``weights`` says which count, and what nobody on the host has counted is a tensor.
+
     loss_sum : scalar with a gradient: the regression loss summed over positions and channels, times the scale; to be
         divided by the sum of num_masked over all micro-batches and ranks.
-    num_masked : S.
+    num_masked : S, or a tensor () with it.
     target_deviation, prediction_deviation : scalars, mean over the channels of the standard deviation over the S
         positions; near 0 when all targets (or predictions) have become the same.
     predictions, targets : (S, D) float32.
     decay : of the teacher's last move.
-    num_positions : real positions in the batch.
+    num_positions : real positions in the batch, or a tensor () with their number.
+    weights : (S,) float32, 1 for a masked position and 0 for a row that fills up; None: all count.
     """
 
     loss_sum: Tensor
-    num_masked: int
+    num_masked: int | Tensor
     target_deviation: Tensor
     prediction_deviation: Tensor
     predictions: Tensor
     targets: Tensor
     decay: float
-    num_positions: int
+    num_positions: int | Tensor
+    weights: Tensor | None = None
 
-    def metrics(self) -> dict[str, tuple[Tensor | float, int]]:
+    def metrics(self) -> dict[str, tuple[Tensor | float, Tensor | int]]:
         """What to log, as (sum, count): by fairseq's names, where target_var and pred_var are the deviations."""
-        batches = 1 if self.num_masked > 1 else 0
+        if isinstance(self.num_masked, Tensor):
+            masked, batches = self.num_masked, (self.num_masked > 1).float()
+        else:
+            masked, batches = float(self.num_masked), int(self.num_masked > 1)
         return {
-            "target_var": (self.target_deviation, batches),
-            "pred_var": (self.prediction_deviation, batches),
+            "target_var": (self.target_deviation * batches, batches),
+            "pred_var": (self.prediction_deviation * batches, batches),
             "ema_decay": (self.decay, 1),
-            "masked_share": (float(self.num_masked), self.num_positions),
+            "masked_share": (masked, self.num_positions),
         }
 
 
@@ -128,32 +137,64 @@ class TargetRule:
         assert total is not None
         return _normed(total / self.top_layers, self.target_norms, padding)
 
-    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """The scaled sum over positions and channels."""
+    def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The scaled sum over positions and channels, times the positions' ``weights`` (S,)."""
+        reduction = "sum" if weights is None else "none"
         if self.loss_beta:
-            total = F.smooth_l1_loss(predictions, targets, beta=self.loss_beta, reduction="sum")
+            total = F.smooth_l1_loss(predictions, targets, beta=self.loss_beta, reduction=reduction)
         else:
-            total = F.mse_loss(predictions, targets, reduction="sum")
+            total = F.mse_loss(predictions, targets, reduction=reduction)
+        if weights is not None:
+            total = (total * weights[:, None]).sum()
         return total * (predictions.shape[1] ** -0.5 if self.loss_scale is None else self.loss_scale)
 
-    def output(self, predictions: Tensor, targets: Tensor, *, decay: float, num_positions: int) -> Data2VecOutput:
-        """Loss and statistics of the S masked positions; where S is 0 the loss is 0, and so are its gradients."""
-        zero = predictions.new_zeros(())
+    def output(
+        self,
+        predictions: Tensor,
+        targets: Tensor,
+        *,
+        decay: float,
+        num_positions: int | Tensor,
+        weights: Tensor | None = None,
+        num_masked: int | None = None,
+    ) -> Data2VecOutput:
+        """Loss and statistics of the S masked positions; where S is 0 the loss is 0, and so are its gradients.
+
+        Arguments
+        ---------
+        predictions, targets : (S, D) float32.
+        decay, num_positions, weights : as in :class:`Data2VecOutput`.
+        num_masked : how many of the rows count, where the host knows it; None: all, or the sum of the weights.
+        """
+        if num_masked is None:
+            num_masked = len(predictions) if weights is None else weights.sum()
         return Data2VecOutput(
-            loss_sum=self.loss(predictions, targets),
-            num_masked=len(predictions),
-            target_deviation=deviation(targets) if len(targets) > 1 else zero,
-            prediction_deviation=deviation(predictions.detach()) if len(targets) > 1 else zero,
+            loss_sum=self.loss(predictions, targets, weights),
+            num_masked=num_masked,
+            target_deviation=deviation(targets, weights),
+            prediction_deviation=deviation(predictions.detach(), weights),
             predictions=predictions,
             targets=targets,
             decay=decay,
             num_positions=num_positions,
+            weights=weights,
         )
 
 
-def deviation(rows: Tensor) -> Tensor:
-    """Mean over the channels of the standard deviation over the rows: (S, D) -> ()."""
-    return (rows.var(0) + VARIANCE_EPSILON).sqrt().mean()
+def deviation(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the channels of the standard deviation over the rows that count: (S, D) -> (); 0 of fewer than two.
+
+    Arguments
+    ---------
+    rows : (S, D) float32.
+    weights : (S,) 1 for a row that counts, 0 for one that does not; None: all count.
+    """
+    if weights is None:
+        return (rows.var(0) + VARIANCE_EPSILON).sqrt().mean() if len(rows) > 1 else rows.new_zeros(())
+    count, weights = weights.sum(), weights[:, None]
+    centered = (rows - (rows * weights).sum(0) / count.clamp(min=1)) * weights
+    variance = centered.square().sum(0) / (count - 1).clamp(min=1)
+    return (variance + VARIANCE_EPSILON).sqrt().mean() * (count > 1)
 
 
 def _normed(x: Tensor, norms: Sequence[str], padding: Tensor | None) -> Tensor:
@@ -195,6 +236,16 @@ class _Student(nn.Module):
 
     def _student(self) -> nn.Module:
         raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's and the teacher's.
+
+        Student and teacher as a whole are among them, so that both are in shards (of the same kind) whenever the
+        teacher moves, at the beginning of a forward too.
+        """
+        inner = self.encoder.blocks()
+        outer = [] if self._student() in inner else [self._student()]
+        return [*inner, *outer, *self.teacher.module.layers, self.teacher]
 
     def finish_update(self, update: int) -> None:
         """Move the teacher after ``update`` finished updates; a recipe calls it in ``on_update_end``.
@@ -325,13 +376,15 @@ class Data2VecAudio(_Student):
             targets,
             decay=decay,
             num_positions=int(encoded.frame_lengths.sum()),
+            weights=encoded.masked.weights,
+            num_masked=encoded.masked.total,
         )
 
     @torch.no_grad()
     def _targets(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """The teacher's features of the unmasked input at the masked frames, (S, D)."""
         frames = encoded.extractor_features.shape[1]
-        padded = bool((encoded.frame_lengths < frames).any())
+        padded = encoded.padded
         padding_too = padded and self.encoder.norm_over_padding
         _, layers = self.teacher(
             self.encoder.project(encoded.extractor_features, dtype),
@@ -342,7 +395,7 @@ class Data2VecAudio(_Student):
         )
         padding = None
         if padded and not padding_too:
-            padding = padding_mask(encoded.frame_lengths.to(encoded.features.device), frames)
+            padding = padding_mask(to_device(encoded.frame_lengths, encoded.features.device), frames)
         # (batch, frames, D) -> (S, D)
         return self.rule.targets([ffn for _, ffn in layers], padding).flatten(0, 1)[encoded.masked.positions]
 
@@ -394,6 +447,8 @@ class Data2VecText(_Student):
         teacher_input: str = "paper",
     ) -> None:
         embeddings = ["token_embedding.*", "position_embedding.*", "embedding_norm.*"]
+        if encoder.token_type_embedding is not None:
+            embeddings.append("token_type_embedding.*")
         copied = embeddings if ema_layers_only else []
         super().__init__(encoder, ema_decay=ema_decay, ema_timing=ema_timing, copied=copied)
         self.rule = TargetRule.checked(
@@ -458,21 +513,26 @@ class Data2VecText(_Student):
         """
         decay = self._begin_forward(update)
         hidden = source == self.mask_id
-        positions = hidden.flatten().nonzero().squeeze(1)
+        # How many are hidden is known on a CPU alone: to ask a device is to wait for it. There every position is
+        # predicted, and those that were not hidden have no weight; the head is 2 % of the work.
+        positions = hidden.flatten().nonzero().squeeze(1) if source.device.type == "cpu" else None
         encoded = self.encoder(source, rng=rng, positions=positions)
         if self.teacher_input == "fairseq":
             tokens = tokens.masked_fill(~(hidden if chosen is None else chosen), self.encoder.padding_id)
         shown = self.teacher(tokens, layers=True)
         with explicit_precision(source.device.type):
-            predictions = self._predicted(widened(encoded.features))
+            predictions = self._predicted(widened(encoded.features.view(-1, self.encoder.dim)))
             # Norms over positions look at real ones; the text's own padding does not count.
             targets = self.rule.targets([ffn for _, ffn in shown.layers], shown.padding)
-            targets = targets.flatten(0, 1).index_select(0, positions)
+            targets = targets.flatten(0, 1)
+            targets = targets if positions is None else targets.index_select(0, positions)
+        real = (~encoded.padding).sum()
         return self.rule.output(
             predictions,
             targets,
             decay=decay,
-            num_positions=int((~encoded.padding).sum()),
+            num_positions=int(real) if positions is not None else real,
+            weights=None if positions is not None else hidden.flatten().float(),
         )
 
     def _predicted(self, features: Tensor) -> Tensor:

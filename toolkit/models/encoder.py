@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.feature_extractor import BASE_CONV_LAYERS, FeatureExtractor
-from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask
+from toolkit.nn.masking import MaskedFrames, check_mask_settings, most_masked, span_mask
 from toolkit.nn.precision import compute_dtype, explicit_precision
 from toolkit.nn.sizes import check_sizes
 from toolkit.nn.transfer import to_device
@@ -36,14 +36,17 @@ from toolkit.seeds import Randomness
 class Encoded:
     """What the encoder makes of a batch.
 
-    features : (batch, frames, dim), or (S, dim) of S masked frames if only these were asked for, in the format that
-        was computed in.
+    features : (batch, frames, dim), or (R, dim) of the rows of ``masked`` if only these were asked for, in the format
+        that was computed in.
     frame_lengths : (batch,) int64 on the host, real frames of each utterance.
     extractor_features : (batch, frames, channels) float32, after the layer norm and before any masking.
     feature_penalty : mean square of the convolutions' output, a scalar.
     projected : (batch, frames, dim), what the transformer got, masks applied.
-    masked : where frames were masked; None if nowhere.
+    masked : where frames were masked; None if nowhere. On devices other than the CPU filled up to a number of rows
+        that depends on the shape of the batch alone.
     layers : (output, feed-forward output) of each layer if they were asked for.
+    padded : whether there is padding, or on devices other than the CPU may be: there lengths that were given count as
+        such even if all are full, so that what is computed depends on the shape of the batch alone.
     """
 
     features: Tensor
@@ -53,6 +56,7 @@ class Encoded:
     projected: Tensor
     masked: MaskedFrames | None
     layers: Sequence[tuple[Tensor, Tensor]] | None
+    padded: bool = False
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -199,6 +203,10 @@ class Wav2Vec2Encoder(nn.Module):
         self.mask_channel_prob, self.mask_channel_length = mask_channel_prob, mask_channel_length
         self.equal_mask_counts = equal_mask_counts
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are gathered (where parameters are sharded) and compiled one by one, inner before outer."""
+        return [self.feature_extractor, *self.transformer.layers, self.transformer]
+
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of waveforms of ``lengths`` samples: (batch,) int64, at least one each."""
         return self.feature_extractor.frame_lengths(lengths.clamp(min=self.feature_extractor.receptive_field))
@@ -214,6 +222,12 @@ class Wav2Vec2Encoder(nn.Module):
             equal_counts=self.equal_mask_counts,
             rng=rng,
             stream="mask",
+        )
+
+    def mask_capacity(self, frames: int) -> int:
+        """The most frames that can be masked in an utterance of a batch padded to ``frames``."""
+        return most_masked(
+            frames, mask_prob=self.mask_prob, mask_length=self.mask_length, min_masks=self.min_masks
         )
 
     def draw_mask_for(self, waveforms: Tensor, lengths: Tensor | None, rng: Randomness) -> np.ndarray:
@@ -279,9 +293,12 @@ class Wav2Vec2Encoder(nn.Module):
                 time_mask = self.draw_time_mask(frame_lengths.tolist(), frames, rng)
             if rng is not None and channel_mask is None and self.mask_channel_prob > 0:
                 channel_mask = self.draw_channel_mask(batch, rng)
-            masked = None if time_mask is None else MaskedFrames.of(time_mask, device)
+            masked = None
+            if time_mask is not None:
+                capacity = None if device.type == "cpu" else self.mask_capacity(frames)
+                masked = MaskedFrames.of(time_mask, device, capacity=capacity)
             hidden = self._masked(hidden, masked, channel_mask)
-            padded = bool((frame_lengths < frames).any())
+            padded = bool((frame_lengths < frames).any()) if device.type == "cpu" else lengths is not None
             out = self.transformer(
                 hidden,
                 frame_lengths if padded else None,
@@ -291,7 +308,7 @@ class Wav2Vec2Encoder(nn.Module):
                 positions=masked.positions if masked_only and masked is not None else None,
             )
         out, per_layer = out if layers else (out, None)
-        return Encoded(out, frame_lengths, normed, penalty, hidden, masked, per_layer)
+        return Encoded(out, frame_lengths, normed, penalty, hidden, masked, per_layer, padded)
 
     def project(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
         """Normed features (batch, frames, channels) in the transformer's width and in ``dtype``: its input before
@@ -302,7 +319,8 @@ class Wav2Vec2Encoder(nn.Module):
         return F.linear(hidden, self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
     def _checked_input(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Waveforms of at least one frame, and lengths on the host, None if all are full."""
+        """Waveforms of at least one frame, and lengths on the host; None if all are full, which is not looked for on
+        an accelerator: another graph for batches without padding would cost more than it saves."""
         samples = waveforms.shape[1]
         if lengths is not None:
             lengths = lengths.to("cpu")
@@ -314,12 +332,15 @@ class Wav2Vec2Encoder(nn.Module):
             lengths = lengths.clamp(min=self.feature_extractor.receptive_field)
         if samples < self.feature_extractor.receptive_field:
             waveforms = F.pad(waveforms, (0, self.feature_extractor.receptive_field - samples))
-        return waveforms, None if lengths is None or bool((lengths == waveforms.shape[1]).all()) else lengths
+        if lengths is not None and waveforms.device.type == "cpu" and bool((lengths == waveforms.shape[1]).all()):
+            return waveforms, None
+        return waveforms, lengths
 
     def _extract(self, waveforms: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The convolutions' output (batch, frames, channels), its mean square, and the frame lengths."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
-            features = self.feature_extractor(waveforms, lengths, dtype=dtype)
+            on_device = None if lengths is None else to_device(lengths, waveforms.device)
+            features = self.feature_extractor(waveforms, on_device, dtype=dtype)
         if features.requires_grad and self.feature_grad_mult != 1:
             features = _ScaleGradient.apply(features, self.feature_grad_mult)
         batch, frames, channels = features.shape
@@ -334,7 +355,9 @@ class Wav2Vec2Encoder(nn.Module):
 
     def _masked(self, hidden: Tensor, masked: MaskedFrames | None, channel_mask: np.ndarray | Tensor | None) -> Tensor:
         """Masked frames become the mask vector, then masked channels zero; ``hidden`` itself is left alone."""
-        if masked is not None and masked.total:
+        if masked is not None and masked.on_device is not None:
+            hidden = torch.where(masked.on_device[..., None], self.mask_embedding.to(hidden.dtype), hidden)
+        elif masked is not None and masked.total:
             # (batch, frames, dim) -> (batch * frames, dim)
             rows = hidden.flatten(0, 1)
             vector = self.mask_embedding.to(hidden.dtype).expand(masked.total, -1)

@@ -52,6 +52,10 @@ class TextClassifier(nn.Module):
             nn.init.normal_(layer.weight, std=INITIAL_STD)
             nn.init.zeros_(layer.bias)
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return self.encoder.blocks()
+
     def forward(self, tokens: Tensor, *, rng: Randomness | None = None) -> Tensor:
         """Score a batch.
 

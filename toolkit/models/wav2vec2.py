@@ -21,6 +21,7 @@ from toolkit.nn.contrastive import (
     contrastive_logits_plain,
     contrastive_loss,
     count_correct,
+    sample_cross_negatives,
     sample_negatives,
 )
 from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
@@ -28,7 +29,6 @@ from toolkit.nn.precision import explicit_precision
 from toolkit.nn.quantizer import GumbelQuantizer, checked_temperature
 from toolkit.nn.quantizer import gumbel_noise as draw_gumbel_noise
 from toolkit.nn.sizes import check_sizes
-from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
 __all__ = ["Encoded", "PretrainingOutput", "Wav2Vec2Encoder", "Wav2Vec2Pretraining"]
@@ -38,6 +38,9 @@ __all__ = ["Encoded", "PretrainingOutput", "Wav2Vec2Encoder", "Wav2Vec2Pretraini
 class PretrainingOutput:
     """What the pretraining task says about a batch; S masked frames, N negatives, G groups of codes.
 
+    On devices other than the CPU there are more rows than masked frames, always equally many for one shape of batch;
+    the rows that fill up have weight 0 and enter nothing, see :class:`toolkit.nn.masking.MaskedFrames`.
+
     loss_sum : scalar, the only one with a gradient: contrastive + diversity + penalty, to be divided by the sum
         of num_masked over all micro-batches and ranks.
     num_masked : S.
@@ -46,9 +49,9 @@ class PretrainingOutput:
     correct : scalar, frames whose true target came out first.
     code_perplexity, prob_perplexity : (G,), codes in use in this batch, 1 to V; by choices and by probabilities.
     temperature : of the quantizer in this forward.
-    logits : (S, 1 + N) float32, the true target in column 0.
+    logits : (S, 1 + N) float32, the true target in column 0; N counts those of the whole batch too.
     codes : (S, G) int64.
-    encoded : the encoder's output.
+    encoded : the encoder's output; ``encoded.masked`` says which rows of logits and codes count.
     """
 
     loss_sum: Tensor
@@ -97,6 +100,7 @@ class Wav2Vec2Pretraining(nn.Module):
     code_dim : width of all groups' codes together; None: final_dim.
     temperature : (start, end, decay per update) of the quantizer's softmax.
     num_negatives : distractors, drawn from the other masked frames of the utterance.
+    cross_sample_negatives : further distractors, drawn from all masked frames of the batch (the paper: none).
     logit_temperature : divisor of the cosine similarities.
     dropout_features : drop probability on the quantizer's input.
     diversity_weight, penalty_weight : of the two terms beside the contrastive one; 0 leaves a term out.
@@ -125,14 +129,15 @@ class Wav2Vec2Pretraining(nn.Module):
         code_dim: int | None = None,
         temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995),
         num_negatives: int = 100,
+        cross_sample_negatives: int = 0,
         logit_temperature: float = 0.1,
         dropout_features: float = 0.1,
         diversity_weight: float = 0.1,
         penalty_weight: float = 10.0,
     ) -> None:
         super().__init__()
-        check_sizes(least=0, num_negatives=num_negatives)
-        if num_negatives < 1 or not 0 < logit_temperature < math.inf:
+        check_sizes(least=0, num_negatives=num_negatives, cross_sample_negatives=cross_sample_negatives)
+        if num_negatives + cross_sample_negatives < 1 or not 0 < logit_temperature < math.inf:
             raise ModelError(
                 f"num_negatives is {num_negatives} and logit_temperature {logit_temperature}; the first must be at "
                 "least 1 and the second above 0, as 100 and 0.1."
@@ -151,6 +156,7 @@ class Wav2Vec2Pretraining(nn.Module):
             "code_dim": code_dim,
             "temperature": list(temperature),
             "num_negatives": num_negatives,
+            "cross_sample_negatives": cross_sample_negatives,
             "logit_temperature": logit_temperature,
             "dropout_features": dropout_features,
             "diversity_weight": diversity_weight,
@@ -168,9 +174,14 @@ class Wav2Vec2Pretraining(nn.Module):
         )
         self.target_projection = nn.Linear(code_dim, final_dim)
         self.final_projection = nn.Linear(encoder.dim, final_dim)
-        self.num_negatives, self.logit_temperature = num_negatives, logit_temperature
+        self.num_negatives, self.cross_sample_negatives = num_negatives, cross_sample_negatives
+        self.logit_temperature = logit_temperature
         self.dropout_features = dropout_features
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return self.encoder.blocks()
 
     def forward(
         self,
@@ -181,6 +192,7 @@ class Wav2Vec2Pretraining(nn.Module):
         update: int = 0,
         time_mask: np.ndarray | Tensor | None = None,
         negatives: np.ndarray | Tensor | None = None,
+        cross_negatives: np.ndarray | Tensor | None = None,
         gumbel_noise: Tensor | None = None,
     ) -> PretrainingOutput:
         """Mask a batch and score the predictions.
@@ -193,47 +205,62 @@ class Wav2Vec2Pretraining(nn.Module):
         update : finished updates, for the temperature.
         time_mask : (batch, frames) bool.
         negatives : (S, N) int64, positions among the masked frames of the frame's own utterance.
+        cross_negatives : (S, C) int64, positions among the S masked frames of the batch.
         gumbel_noise : (S, G, V) float32.
 
         Raises
         ------
         ModelError : neither ``rng`` nor the masks and negatives are given.
         """
-        if rng is None and (time_mask is None or negatives is None):
+        wants_cross = cross_negatives is None and self.cross_sample_negatives > 0
+        if rng is None and (time_mask is None or negatives is None or wants_cross):
             raise ModelError(
                 "pretraining needs masks and negatives in evaluation too: give rng, or time_mask and negatives."
             )
         if time_mask is None:
             time_mask = self.encoder.draw_mask_for(waveforms, lengths, rng)
         encoded = self.encoder(waveforms, lengths, rng=rng, time_mask=time_mask, masked_only=True)
-        if not encoded.masked.total:
+        masked = encoded.masked
+        if not (masked.total if masked.weights is None else len(masked.weights)):
             return self._nothing_masked(encoded, update)
         if negatives is None:
-            negatives = sample_negatives(encoded.masked.counts, self.num_negatives, rng)
-        negatives = to_device(torch.as_tensor(negatives), waveforms.device)
+            negatives = sample_negatives(masked.counts, self.num_negatives, rng)
+        negatives = masked.spread(negatives)
+        if wants_cross:
+            cross_negatives = sample_cross_negatives(masked.counts, self.cross_sample_negatives, rng)
+        cross = None if cross_negatives is None else masked.spread_rows(cross_negatives)
+        noise = None if gumbel_noise is None else masked.spread(gumbel_noise)
         with explicit_precision(waveforms.device.type):
-            return self._objective(encoded, negatives, gumbel_noise, rng if self.training else None, update)
+            return self._objective(encoded, negatives, cross, noise, rng if self.training else None, update)
 
     def _objective(
-        self, encoded: Encoded, negatives: Tensor, noise: Tensor | None, rng: Randomness | None, update: int
+        self,
+        encoded: Encoded,
+        negatives: Tensor,
+        cross: Tensor | None,
+        noise: Tensor | None,
+        rng: Randomness | None,
+        update: int,
     ) -> PretrainingOutput:
         """Everything after the encoder, at the S masked frames; one line for one step of the paper."""
-        counts, total = encoded.masked.counts, encoded.masked.total
-        positions, device = encoded.masked.positions, negatives.device
+        positions, weights, device = encoded.masked.positions, encoded.masked.weights, negatives.device
+        # On an accelerator a tensor: as a number it would be a constant of the kernels, another one in each batch.
+        total = encoded.masked.total if weights is None else weights.sum()
         # (batch, frames, channels) -> (S, channels)
         frames = encoded.extractor_features.flatten(0, 1).index_select(0, positions)
         if rng is not None:
             frames = dropout(frames, self.dropout_features, DropoutBits(rng.child("features"), device))
             if noise is None:
-                shape = (total, self.quantizer.num_groups, self.quantizer.num_codes)
+                shape = (len(positions), self.quantizer.num_groups, self.quantizer.num_codes)
                 noise = draw_gumbel_noise(shape, rng.torch(device, "gumbel"))
-        quantized = self.quantizer(frames, update=update, noise=noise)
+        quantized = self.quantizer(frames, update=update, noise=noise, weights=weights)
         targets = self.target_projection(quantized.vectors)
         predictions = self.final_projection(widened(encoded.features))
         logits = (contrastive_logits if self.fast else contrastive_logits_plain)(
-            predictions, targets, quantized.codes, negatives, counts=counts, temperature=self.logit_temperature
-        )
-        contrastive = contrastive_loss(logits)
+            predictions, targets, quantized.codes, negatives, counts=encoded.masked.row_counts,
+            temperature=self.logit_temperature, cross=cross,
+        )  # fmt: skip
+        contrastive = contrastive_loss(logits, weights)
         codes = self.quantizer.num_groups * self.quantizer.num_codes
         diversity = self.diversity_weight * total * (codes - quantized.prob_perplexity.sum()) / codes
         penalty = self.penalty_weight * total * encoded.feature_penalty
@@ -245,11 +272,11 @@ class Wav2Vec2Pretraining(nn.Module):
         logits = logits.detach()
         return PretrainingOutput(
             loss_sum=loss,
-            num_masked=total,
+            num_masked=encoded.masked.total,
             contrastive=contrastive.detach(),
             diversity=diversity.detach(),
             penalty=penalty.detach(),
-            correct=count_correct(logits),
+            correct=count_correct(logits, weights),
             code_perplexity=quantized.code_perplexity,
             prob_perplexity=quantized.prob_perplexity.detach(),
             temperature=self.quantizer.temperature_at(update),
@@ -272,7 +299,7 @@ class Wav2Vec2Pretraining(nn.Module):
             code_perplexity=zero.expand(groups),
             prob_perplexity=zero.expand(groups),
             temperature=self.quantizer.temperature_at(update),
-            logits=zero.new_zeros(0, 1 + self.num_negatives),
+            logits=zero.new_zeros(0, 1 + self.num_negatives + self.cross_sample_negatives),
             codes=torch.zeros(0, groups, dtype=torch.long, device=zero.device),
             encoded=encoded,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import ModelError
-from toolkit.nn.fast.common import full_lengths
+from toolkit.nn.fast.common import real_frames
 from toolkit.nn.fast.convolution import convolution_gelu
 from toolkit.nn.fast.first_convolution import convolution_group_norm_gelu, convolution_layer_norm_gelu
 
@@ -127,18 +127,31 @@ class FeatureExtractor(nn.Module):
         dtype = dtype or self.blocks[0].weight.dtype
         if self.norm_over_padding:
             lengths = None
-        sizes = full_lengths(lengths, len(waveforms), samples)
-        frames = int(self.frame_lengths(torch.tensor(samples)))
+        sizes = self._sizes(lengths, waveforms)
+        frames = samples
+        for block in self.blocks:
+            frames = _output_frames(frames, block)
         x = self._rounded_up(waveforms) if self.fast and waveforms.device.type == "cpu" else waveforms
-        for i, block in enumerate(self.blocks):
-            sizes = [max(0, _output_frames(n, block)) for n in sizes]
+        for i in range(len(self.blocks)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
-                    self._run, i, x, sizes, dtype, use_reentrant=False, preserve_rng_state=False
+                    self._run, i, x, sizes[i], dtype, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = self._run(i, x, sizes, dtype)
+                x = self._run(i, x, sizes[i], dtype)
         return x[:, :frames]
+
+    def _sizes(self, lengths: Tensor | None, waveforms: Tensor) -> list[list[int] | Tensor]:
+        """Real frames after each convolution, in the form of :func:`toolkit.nn.fast.common.real_frames`."""
+        sizes = real_frames(lengths, waveforms)
+        table: list[list[int] | Tensor] = []
+        for block in self.blocks:
+            if isinstance(sizes, Tensor):
+                sizes = _output_frames(sizes, block).clamp(min=0)
+            else:
+                sizes = [max(0, _output_frames(n, block)) for n in sizes]
+            table.append(sizes)
+        return table
 
     def _rounded_up(self, waveforms: Tensor) -> Tensor:
         """Zeros behind the waveforms, so that each convolution's input is a whole number of its strides.
@@ -153,7 +166,7 @@ class FeatureExtractor(nn.Module):
         samples = (windows - 1) * first.stride + first.weight.shape[2]
         return F.pad(waveforms, (0, samples - waveforms.shape[1])) if samples > waveforms.shape[1] else waveforms
 
-    def _run(self, i: int, x: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
+    def _run(self, i: int, x: Tensor, frames: list[int] | Tensor, dtype: torch.dtype) -> Tensor:
         block = self.blocks[i]
         norm = block.norm
         if i > 0:

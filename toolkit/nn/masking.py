@@ -17,6 +17,9 @@ from toolkit.errors import ModelError
 from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
+LARGEST_DRAW = 1 - 2.0**-53
+"""The largest number that ``Generator.random`` gives."""
+
 SHORTEST_MASKABLE = 3
 """Rows of fewer positions than this are never masked: a prediction needs something left to be made from, and one
 masked frame alone has no other to be told from."""
@@ -71,6 +74,14 @@ def span_positions(
     if len(positions) == num_positions:
         positions = np.delete(positions, generator.integers(num_positions))
     return positions
+
+
+def most_masked(num_positions: int, *, mask_prob: float, mask_length: int, min_masks: int) -> int:
+    """The most positions that :func:`span_positions` can mask in rows of at most ``num_positions``."""
+    if num_positions < SHORTEST_MASKABLE:
+        return 0
+    spans = max(int(mask_prob * num_positions / mask_length + LARGEST_DRAW), min_masks)
+    return min(spans * mask_length, num_positions - 1)
 
 
 def span_mask(
@@ -130,21 +141,76 @@ def span_mask(
 class MaskedFrames:
     """Where a batch is masked, known on the host and on the device.
 
+    The number of masked frames differs from batch to batch, and tensors of S rows have a new shape each time. Where
+    that costs a compilation, there are ``capacity`` rows for each utterance instead, whatever is masked: first its
+    masked frames, then filling of weight 0. R is S without filling, else batch * capacity.
+
     mask : (batch, frames) bool NumPy array, True where masked.
     counts : masked frames of each utterance; S in all.
-    positions : (S,) int64 tensor on the device, into the batch * frames rows, utterance by utterance.
+    positions : (R,) int64 tensor on the device, into the batch * frames rows, utterance by utterance. What fills up is
+        the utterance's first frame.
+    weights : (R,) float32 on the device, 1 for a masked frame and 0 for filling; None: nothing was filled up.
+    slots : (S,) int64 NumPy array, the row of each masked frame among the R; None: nothing was filled up.
+    on_device : ``mask`` as a tensor there; None: nothing was filled up.
     """
 
     mask: np.ndarray
     counts: tuple[int, ...]
     positions: Tensor
+    weights: Tensor | None = None
+    slots: np.ndarray | None = None
+    on_device: Tensor | None = None
 
     @classmethod
-    def of(cls, mask: np.ndarray | Tensor, device: torch.device | str) -> MaskedFrames:
-        """From a (batch, frames) mask; one on a device other than the CPU is fetched, which waits for it."""
-        host = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-        positions = to_device(torch.from_numpy(np.flatnonzero(host)), device)
-        return cls(host.astype(bool, copy=False), tuple(host.astype(bool).sum(1).tolist()), positions)
+    def of(
+        cls, mask: np.ndarray | Tensor, device: torch.device | str, *, capacity: int | None = None
+    ) -> MaskedFrames:
+        """From a (batch, frames) mask; one on a device other than the CPU is fetched, which waits for it.
+
+        Arguments
+        ---------
+        mask : True where masked.
+        device : where the tensors are needed.
+        capacity : rows for each utterance, more if one has more masked frames; None: no filling.
+        """
+        host = (mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)).astype(bool, copy=False)
+        found, counts = np.flatnonzero(host), host.sum(1)
+        if capacity is None:
+            return cls(host, tuple(counts.tolist()), to_device(torch.from_numpy(found), device))
+        batch, frames = host.shape
+        capacity = max(capacity, int(counts.max(initial=0)))
+        # where each masked frame stands among those of its own utterance
+        within = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots = found // frames * capacity + within
+        positions = np.repeat(np.arange(batch) * frames, capacity)
+        positions[slots] = found
+        weights = np.zeros(batch * capacity, dtype=np.float32)
+        weights[slots] = 1
+        tensors = (to_device(torch.from_numpy(array), device) for array in (positions, weights, host))
+        positions, weights, on_device = tensors
+        return cls(host, tuple(counts.tolist()), positions, weights, slots, on_device)
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Rows of each utterance, filling included; R in all."""
+        if self.weights is None:
+            return self.counts
+        return (len(self.weights) // len(self.counts),) * len(self.counts)
+
+    def spread_rows(self, rows: np.ndarray | Tensor) -> Tensor:
+        """(S, ...) positions among the S masked frames -> (R, ...) on the device, positions among the R rows."""
+        if self.slots is None:
+            return self.spread(rows)
+        return self.spread(self.slots[torch.as_tensor(rows).cpu().numpy()])
+
+    def spread(self, values: np.ndarray | Tensor) -> Tensor:
+        """(S, ...) on the host or the device -> (R, ...) on the device, zeros in what fills up."""
+        if self.slots is None or self.weights is None:
+            return to_device(torch.as_tensor(values), self.positions.device)
+        host = torch.as_tensor(values).cpu()
+        out = host.new_zeros(len(self.weights), *host.shape[1:])
+        out[torch.from_numpy(self.slots)] = host
+        return to_device(out, self.positions.device)
 
     @property
     def total(self) -> int:

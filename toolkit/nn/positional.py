@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.errors import ModelError
-from toolkit.nn.fast.common import full_lengths
+from toolkit.nn.fast.common import real_frames
 from toolkit.nn.fast.first_convolution import zero_padding
 from toolkit.nn.fast.linear import layer_norm
 from toolkit.nn.fast.positional import window_convolution
@@ -87,7 +87,7 @@ class PositionalConv(nn.Module):
         """
         dtype = dtype or x.dtype
         x = x.to(dtype)
-        real = lengths = full_lengths(frame_lengths, *x.shape[:2])
+        real = lengths = real_frames(frame_lengths, x)
         if self.over_padding and len(self.blocks) > 1:
             x, lengths = zero_padding(x, real), [x.shape[1]] * len(x)
         for block in self.blocks:

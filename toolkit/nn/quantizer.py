@@ -110,6 +110,13 @@ def perplexity(probs: Tensor) -> Tensor:
     return torch.exp(-(probs * torch.log(probs + PERPLEXITY_EPSILON)).sum(-1))
 
 
+def _mean(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """(S, G, V) -> (G, V), over the rows that count."""
+    if weights is None:
+        return rows.mean(0)
+    return (rows * weights[:, None, None]).sum(0) / weights.sum().clamp(min=1)
+
+
 def checked_temperature(temperature: Sequence[float]) -> tuple[float, float, float]:
     """The quantizer's (start, end, decay) as numbers; raises ModelError."""
     advice = "expected (start > 0, end > 0, decay in 0..1), as (2.0, 0.5, 0.999995)."
@@ -175,7 +182,9 @@ class GumbelQuantizer(nn.Module):
         start, end, decay = self.temperature
         return max(start * decay**update, end)
 
-    def forward(self, frames: Tensor, *, update: int = 0, noise: Tensor | None = None) -> Quantized:
+    def forward(
+        self, frames: Tensor, *, update: int = 0, noise: Tensor | None = None, weights: Tensor | None = None
+    ) -> Quantized:
         """Quantize S frames.
 
         Arguments
@@ -183,6 +192,7 @@ class GumbelQuantizer(nn.Module):
         frames : (S, input_dim) float32.
         update : finished updates, for the temperature.
         noise : (S, G, V) standard Gumbel noise; None takes the most probable codes (evaluation).
+        weights : (S,) 1 for a frame that counts in the perplexities, 0 for one that does not; None: all count.
         """
         # (S, G * V) -> (S, G, V)
         logits = self.projection(frames).view(-1, self.num_groups, self.num_codes)
@@ -194,10 +204,10 @@ class GumbelQuantizer(nn.Module):
             pick = pick_code if self.fast else pick_code_plain
             vectors, codes = pick(logits, noise, self.codebook, self.temperature_at(update))
         with torch.no_grad():
-            usage = one_hot(likeliest, self.num_codes, logits.dtype).mean(0)
+            usage = _mean(one_hot(likeliest, self.num_codes, logits.dtype), weights)
         return Quantized(
             vectors=vectors.flatten(1),
             codes=codes,
             code_perplexity=perplexity(usage),
-            prob_perplexity=perplexity(torch.softmax(logits, dim=-1).mean(0)),
+            prob_perplexity=perplexity(_mean(torch.softmax(logits, dim=-1), weights)),
         )

@@ -21,6 +21,7 @@ from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
 from toolkit.nn.fast.common import full_lengths, pack_rows, padding_mask, unpack_rows
 from toolkit.nn.fast.linear import layer_norm, linear_gelu, linear_residual, linear_residual_norm
 from toolkit.nn.positional import PositionalConv
+from toolkit.nn.transfer import to_device
 from toolkit.seeds import Randomness
 
 ROW_MULTIPLE = 8
@@ -72,6 +73,19 @@ class WantedRows:
         return cls(first[utterances] + within, torch.bincount(utterances, minlength=len(lengths)).tolist())
 
 
+class _LeftOut(torch.autograd.Function):
+    """A block that is left out: part of the graph, as a block that runs is, with no gradient for its parameters."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.count
+
+
 class TransformerLayer(nn.Module):
     """One block: self-attention, then a feed-forward network, each with dropout, residual and norm.
 
@@ -115,6 +129,7 @@ class TransformerLayer(nn.Module):
         bits: DropoutBits | None = None,
         need_ffn: bool = False,
         wanted: WantedRows | None = None,
+        left_out: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The block's output, and that of the feed-forward network if ``need_ffn``.
 
@@ -125,7 +140,10 @@ class TransformerLayer(nn.Module):
         bits : dropout decisions; None means evaluation.
         need_ffn : also return the feed-forward output before dropout, residual and norm (data2vec's target).
         wanted : give results for these of the packed rows only; they still attend to all.
+        left_out : give ``x`` on as it is, and no gradient to the parameters.
         """
+        if left_out:
+            return _LeftOut.apply(x, *self.parameters()), None
         dtype = x.dtype
         h = self._normed(self.attention_norm, x) if self.pre_norm else x
         h = self._attention(h, layout, bits) if wanted is None else self._attention_of(wanted, h, layout, bits)
@@ -195,6 +213,9 @@ class LayerStack(nn.ModuleList):
     layerdrop : probability of leaving a block out in training.
     gradient_checkpointing : recompute each block in the backward pass (with the same dropout) to save memory.
 
+    ``keep_all`` set to True calls blocks that are left out, too (they do nothing): where parameters are sharded over
+    ranks that leave out different ones, every rank has to take part in gathering each.
+
     Raises
     ------
     ModelError : settings that do not fit together.
@@ -239,6 +260,7 @@ class LayerStack(nn.ModuleList):
             for _ in range(num_layers)
         )
         self.layerdrop, self.gradient_checkpointing = layerdrop, gradient_checkpointing
+        self.keep_all = False
 
     def reset_last(self, count: int) -> None:
         """Give the last ``count`` blocks fresh weights; raises ModelError if there are not so many."""
@@ -272,7 +294,11 @@ class LayerStack(nn.ModuleList):
         """
         chosen = self._layers_to_run(rng)
         outputs: list[tuple[Tensor, Tensor]] = []
-        for i in chosen:
+        for i in range(len(self)):
+            if i not in chosen:
+                if self.keep_all:
+                    x, _ = self[i](x, layout, left_out=True)
+                continue
             x, ffn = self._run_layer(i, x, layout, rng, layers, wanted if i == chosen[-1] else None)
             if layers:
                 outputs.append((x, ffn))
@@ -413,7 +439,8 @@ class TransformerEncoder(nn.Module):
         padding = None
         if frame_lengths is not None and not packed:
             # attention without any key would give no number: an utterance has one frame at least
-            padding = padding_mask(frame_lengths.to(x.device, non_blocking=True).clamp(min=1), frames)
+            frame_lengths = to_device(frame_lengths, x.device)
+            padding = padding_mask(frame_lengths.clamp(min=1), frames)
             x = x.masked_fill(padding[..., None], 0)
         layout = Layout(full_lengths(frame_lengths if packed else None, batch, frames), padding, packed)
         x = x + self.positional(x, None if padding_too else frame_lengths)

@@ -32,11 +32,12 @@ from toolkit.training.metrics import MetricSums, Number
 from toolkit.training.objective import Objective, Stage, StageResult, on_device
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
+from toolkit.training.parallel import Parallel, Replicas, make_parallel, share_weights
 from toolkit.training.profiling import UpdateProfiler
 from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
 from toolkit.training.schedules import Constant, Schedule
-from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep, share_weights
+from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep
 from toolkit.training.streams import close, passed_on, timed
 from toolkit.training.summary import describe_modules
 
@@ -129,6 +130,7 @@ class Brain:
         self._at: tuple[Stage, Any] = (Stage.TRAIN, None)
         self._is_making = self._is_changing = False
         self._failures: list[Failure] = []
+        self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
         self._begin_update()
 
@@ -227,7 +229,7 @@ class Brain:
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
-        with StopSignal(self.world) as stop:
+        with contextlib.closing(self.saver), StopSignal(self.world) as stop:
             self._stop = stop
             try:
                 if self.update == 0 and valid_loader is not None:
@@ -248,6 +250,7 @@ class Brain:
                 raise told from error
         self._profiler.close()
         close(train_loader)
+        self._parallel = self._parallel.finish()
         self.loggers.pause()
         self._stop = StopSignal()
         if stop.received and self.world.size == 1:
@@ -257,14 +260,8 @@ class Brain:
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""
-        self.rng = Randomness(self.options.seed).child("update", self.update, micro.micro)
-        # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
-        torch.manual_seed(self.rng.integer("torch"))
         self._amounts.append(self.batch_amount(micro.batch))
-        batch = self._to_device(micro.batch)
-        with self.device_row.autocast(self.precision):
-            predictions = self.compute_forward(batch, Stage.TRAIN)
-            objective = self._as_objective(self.compute_objectives(predictions, batch, Stage.TRAIN), batch)
+        objective = self._objective_of(micro.batch, micro.micro)
         self._step.backward(objective.loss_sum)
         loss_sum, count = on_device(objective.loss_sum, self.device), on_device(objective.count, self.device)
         self._loss_sum += loss_sum
@@ -272,6 +269,16 @@ class Brain:
         self._metrics += [("loss", loss_sum, count), *((name, *pair) for name, pair in objective.metrics.items())]
         self._seen.append(Seen(micro.micro, tuple(getattr(micro.batch, "ids", ())), loss_sum))
         self.device_row.mark_step()
+
+    def _objective_of(self, batch: Any, micro: int) -> Objective:
+        """The objective of micro-batch number ``micro`` of the update."""
+        self.rng = Randomness(self.options.seed).child("update", self.update, micro)
+        # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
+        torch.manual_seed(self.rng.integer("torch"))
+        batch = self._to_device(batch)
+        with self.device_row.autocast(self.precision):
+            predictions = self.compute_forward(batch, Stage.TRAIN)
+            return self._as_objective(self.compute_objectives(predictions, batch, Stage.TRAIN), batch)
 
     def _train_epoch(self, train_loader: MicroBatches, valid_loader: MicroBatches | None, stop: StopSignal) -> None:
         epoch = self.epoch
@@ -301,14 +308,20 @@ class Brain:
             for micro in micro_batches:
                 self._at = (Stage.TRAIN, micro)
                 self._tell_bad_audio(micro)
+                lent = self._parallel.lent(micro)
                 if micro.batch is not None:
                     self.fit_batch(micro)
+                elif lent is not None:
+                    # The others wait for this rank in every block: it goes along, and adds nothing.
+                    self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
                 self._at, self._is_making = (Stage.TRAIN, None), True
         except Exception as error:
-            # The weights have not changed since the last update, and the others come to no other exchange before they
-            # have made theirs ready: there they learn that this one will not be made, and can save what was.
-            if self.world.size > 1 and not isinstance(error, DeviceError):
+            # The weights have not changed since the last update. Where each rank holds the whole model, the others come
+            # to no other exchange before their gradients are ready: there they learn that this update will not be made,
+            # and all can save what was. Shards are exchanged block by block, where nothing can be told.
+            is_ready = self.options.parallel == "ddp" and not isinstance(error, DeviceError)
+            if self.world.size > 1 and is_ready:
                 with contextlib.suppress(DeviceError):
                     self._failures = self._step.give_up(self._failure(error))
             raise
@@ -354,8 +367,8 @@ class Brain:
         self.say(f"update {self.update} broke off{where}{why}; {outcome}{report}.")
         return TrainingError(first.sentence) if is_out_of_memory(error) else error
 
-    def _save(self, metrics: Mapping[str, float] | None = None) -> None:
-        self.saver.save(metrics)
+    def _save(self, metrics: Mapping[str, float] | None = None, *, wait: bool = True) -> None:
+        self.saver.save(metrics, wait=wait)
         self._saved_update = self.update
 
     def _begin_update(self) -> None:
@@ -373,7 +386,7 @@ class Brain:
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
-        wishes.append(main * self._estimated_total())
+        wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
         self._is_changing = True
         try:
             finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
@@ -383,7 +396,7 @@ class Brain:
             raise TrainingError(
                 f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
             ) from None
-        stops, interrupts, saves, total = finished.values
+        stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:
             progress.add(name, amount, count)
@@ -396,10 +409,14 @@ class Brain:
         progress.advance()
         progress.length.total = max(int(total), self.update)
         set_frozen(self.optimizer, self.update)
+        self._parallel.follow_frozen()
         self.on_update_end(finished.result)
         self._at, self._is_changing, self._is_making = (Stage.TRAIN, None), False, False
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
+        if fails > 0:
+            # The main process could not write the last checkpoint: all end here, with its error.
+            self.saver.wait()
         return stops > 0, saves > 0
 
     def _after_update(self, epoch: int, valid_loader: MicroBatches | None, *, stops: bool, saves: bool) -> None:
@@ -422,7 +439,7 @@ class Brain:
         if stops and not ends:
             self._save_and_requeue()
         if ends or saves or metrics is not None:
-            self._save(metrics)
+            self._save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
@@ -508,7 +525,8 @@ class Brain:
         sums = MetricSums()
         error: Exception | None = None
         try:
-            self._add_batches(sums, loader, stage, max_steps=max_steps)
+            with self._parallel.held():
+                self._add_batches(sums, loader, stage, max_steps=max_steps)
         except Exception as caught:
             error = caught
         finally:
@@ -577,20 +595,26 @@ class Brain:
         self.progress.plan_digest = getattr(train_loader, "plan_digest", "")
         if self.progress.updates_per_epoch < 1:
             raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
+        self._parallel = make_parallel(self.options.parallel, self.modules, self.world, self.device_row)
         self.optimizer = self.init_optimizers()
         if self.device_row.needs_scaler(self.precision):
             self.loss_scale = LossScale(self.device)
             self.saver.add("loss_scale", self.loss_scale)
         self._step = UpdateStep(
-            self.optimizer, self.world, max_grad_norm=self.options.max_grad_norm, loss_scale=self.loss_scale
+            self.optimizer,
+            self.world,
+            max_grad_norm=self.options.max_grad_norm,
+            loss_scale=self.loss_scale,
+            parallel=self._parallel,
         )
         self.saver.add("guard", self._guard)
         self.saver.add_optimizer(self.optimizer)
-        if not self.saver.resume():
+        if not self.saver.resume() and isinstance(self._parallel, Replicas):
             share_weights(self.world, self.modules)
         self._saved_update = self.update
         self.loggers.rewind(self.update)
         set_frozen(self.optimizer, self.update)
+        self._parallel.follow_frozen()
         if self.options.compile:
             for module in self.modules.values():
                 module.compile(mode=self.options.compile_mode, dynamic=False)

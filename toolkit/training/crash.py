@@ -151,6 +151,11 @@ def save_crashed(
     counts = f"the checkpoint of update {saved_update} counts" if saved_update else "there is no earlier checkpoint"
     if saver.checkpointer is None:
         return "nothing is saved, as this Brain has no checkpointer"
+    if is_whole:
+        try:
+            saver.wait()  # the last one may still be on its way to the disk
+        except Exception as second:  # the error that ends the run is the one to be raised
+            return f"{second} The last sound checkpoint counts"
     if update == saved_update:
         return f"{counts}, nothing was trained after it" if saved_update else "no update was complete, nothing is saved"
     kinds = {failure.kind for failure in failures}

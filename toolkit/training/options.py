@@ -72,6 +72,9 @@ class RunOptions:
     valid_interval_updates: int | None = _option(None, "Updates between two validations; null: at each epoch's end.")
     ckpt_interval_minutes: float | None = _option(15.0, "Minutes between two checkpoints; null: off.")
     ckpt_interval_updates: int | None = _option(None, "Updates between two checkpoints; null: off.")
+    async_save: bool = _option(
+        True, "Write checkpoints beside training, from a copy in host memory (as large as they are); False: it waits."
+    )
     keep_last: int = _option(2, "How many of the newest checkpoints to keep.")
     keep_best: int = _option(1, "How many of the best checkpoints to keep.")
     debug: bool = _option(False, "A few steps of everything: train, valid, checkpoint, resume, test.")
@@ -81,6 +84,9 @@ class RunOptions:
     noprogressbar: bool = _option(False, "No progress bar, plain lines instead.")
     tensorboard: bool = _option(False, "Write curves for TensorBoard as well.")
     profile: bool = _option(False, "Write a profile of a few updates to the output folder.")
+    parallel: Literal["ddp", "fsdp2"] = _option(
+        "ddp", "How several processes share the model: ddp = whole on each, fsdp2 = in shards (less memory)."
+    )
     distributed_backend: str | None = _option(None, "Collectives library; null: the device's own (gloo, nccl, ...).")
     distributed_timeout_minutes: float = _option(30.0, "How long processes wait for each other.")
     local_rank: int | None = _option(None, "Set by launchers: number of this process on its machine.")

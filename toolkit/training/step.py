@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.training.distributed import World, reduce_gradients
+from toolkit.training.distributed import World
 from toolkit.training.optim import LossScale, takes_divisor, trained_parameters
+from toolkit.training.parallel import Parallel, Replicas
 
 NORM_EPSILON = 1e-6
 """Added to the norm before it divides the clipping threshold, as in fairseq and in torch's own clipping."""
@@ -58,6 +59,7 @@ class UpdateStep:
     world : the ranks.
     max_grad_norm : clip the norm over all groups to this; None = off.
     loss_scale : for fp16 gradients that would underflow, else None.
+    parallel : how the ranks share the model; None = each holds all of it.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class UpdateStep:
         *,
         max_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         self.optimizer, self.world = optimizer, world
+        self.parallel: Parallel = parallel or Replicas(world)
         self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
 
     def backward(self, loss_sum: Tensor) -> None:
@@ -95,13 +99,14 @@ class UpdateStep:
         UpdateGivenUp : on all ranks, where one called `give_up` instead; nothing has changed then.
         """
         parameters, values = self._agree(trained_parameters(self.optimizer), list(values))
+        self.parallel.reduce(parameters)
         if self.world.size > 1:
-            reduce_gradients(self.world, parameters)
             totals = torch.stack([loss_sum, count])
             self.world.all_reduce_sum(totals)
             loss_sum, count = totals.unbind()
         result = self._step(update, parameters, loss_sum, count)
         self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.forget()
         return Finished(result, values)
 
     def give_up(self, failure: Any) -> list[Any]:
@@ -114,10 +119,10 @@ class UpdateStep:
         A layer that was left out in every micro-batch of all ranks must not be touched, with one rank or with many:
         so the ranks tell each other in one small exchange between the hosts; the device is not asked.
         """
+        mine = bytes(self.parallel.has_gradient(parameter) for parameter in parameters)
         if self.world.size == 1:
-            return [parameter for parameter in parameters if parameter.grad is not None], values
+            return [parameter for parameter, has in zip(parameters, mine, strict=True) if has], values
         # One byte a parameter; gathered by the hosts, in rank order.
-        mine = bytes(parameter.grad is not None for parameter in parameters)
         everyone = self.world.gather_objects((mine, values))
         failures = [told for flags, told in everyone if flags is None]
         if failures:
@@ -134,7 +139,7 @@ class UpdateStep:
         targets = torch.where(count > 0, count, torch.ones_like(count))
         unit = targets if self.loss_scale is None else targets * self.loss_scale.value
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float().to(unit.device) / unit
+        norm = _whole(torch.nn.utils.get_total_norm(gradients)).float().to(unit.device) / unit
         loss_is_finite = torch.isfinite(loss_sum)
         skipped = (~(loss_is_finite & torch.isfinite(norm))).float()
         divisor = unit
@@ -155,21 +160,14 @@ class UpdateStep:
         return StepResult(update, loss_sum, count, norm, skipped, faulty)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that is the same on all ranks, of one that may be theirs together (of sharded gradients)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished update: its outcome, and the sums over ranks of the values that rode along."""
 
     result: StepResult
     values: list[float]
-
-
-def share_weights(world: World, modules: nn.Module) -> None:
-    """Give every rank the weights and buffers of the main process (a collective)."""
-    if world.size > 1:
-        with torch.no_grad():
-            tensors = [value for value in modules.state_dict().values() if isinstance(value, Tensor)]
-            for tensor in tensors:
-                # Zeros elsewhere make the sum a copy; right before it, so that a weight of two names stays what it is.
-                if not world.is_main:
-                    tensor.zero_()
-                world.all_reduce_sum(tensor)

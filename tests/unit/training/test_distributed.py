@@ -162,7 +162,7 @@ def test_weights_of_two_names_come_to_all_as_they_are(tmp_path):
     output = torchrun(
         tmp_path,
         """
-from toolkit.training.step import share_weights
+from toolkit.training.parallel import share_weights
 model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "out": nn.Linear(2, 3)})
 model["out"].weight = model["embedding"].weight
 nn.init.constant_(model["out"].weight, 3.0 + world.rank)

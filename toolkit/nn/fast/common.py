@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from toolkit.nn.transfer import to_device
+
 FAST_FORMATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -41,6 +43,17 @@ def full_lengths(frame_lengths: Tensor | Sequence[int] | None, batch: int, frame
         return [frames] * batch
     lengths = frame_lengths.tolist() if isinstance(frame_lengths, Tensor) else list(frame_lengths)
     return [max(0, min(int(n), frames)) for n in lengths]
+
+
+def real_frames(frame_lengths: Tensor | Sequence[int] | None, x: Tensor) -> list[int] | Tensor:
+    """Frames of each utterance of x (batch, frames, ...) in the form that the convolutions take.
+
+    On a CPU, and where all are full, Python integers; else a (batch,) tensor on the device: then neither shapes nor
+    the operations that are made depend on its values, and nobody has to know them.
+    """
+    if frame_lengths is None or x.device.type == "cpu":
+        return full_lengths(frame_lengths, *x.shape[:2])
+    return to_device(torch.as_tensor(frame_lengths), x.device).clamp(0, x.shape[1])
 
 
 GROUP_BYTES = 4 << 20

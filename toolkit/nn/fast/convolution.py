@@ -28,7 +28,7 @@ def convolution_gelu(
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -43,7 +43,7 @@ def convolution_gelu(
     weight : (channels, input channels, kernel), in the format of ``x``.
     bias : (channels,) in the format of ``x``, or None.
     stride : input frames from one output frame to the next.
-    frames : real output frames of each utterance.
+    frames : real output frames of each utterance, see :func:`toolkit.nn.fast.common.real_frames`.
     norm_weight, norm_bias : (channels,) float32 (or float64), a norm over the channels of each frame; or None.
     fast : False takes the plain formula.
 
@@ -70,7 +70,7 @@ def plain_convolution_gelu(
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,

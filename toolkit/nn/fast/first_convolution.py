@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from toolkit.nn.fast.common import takes_fast_form, utterance_groups, wants_gradient, zero_behind
 from toolkit.nn.fast.linear import layer_norm
+from toolkit.nn.transfer import to_device
 
 BLOCK = 2048
 """Frames at a time: a block of 512 channels in float32 stays in the second-level cache."""
@@ -50,7 +51,7 @@ def convolution_group_norm_gelu(
     norm_weight: Tensor,
     norm_bias: Tensor,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     dtype: torch.dtype,
     eps: float = 1e-5,
@@ -64,7 +65,7 @@ def convolution_group_norm_gelu(
     weight : (channels, 1, kernel) in the format of the waveforms. A convolution bias would cancel in the norm.
     norm_weight, norm_bias : (channels,).
     stride : samples from one frame to the next.
-    frames : real frames of each utterance.
+    frames : real frames of each utterance, see :func:`toolkit.nn.fast.common.real_frames`.
     dtype : format of the result.
     fast : False takes the plain formula.
 
@@ -89,15 +90,16 @@ def plain_convolution_group_norm_gelu(
     norm_weight: Tensor,
     norm_bias: Tensor,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     dtype: torch.dtype,
     eps: float = 1e-5,
 ) -> Tensor:
     """The formula of :func:`convolution_group_norm_gelu`."""
     z = F.conv1d(waveforms[:, None].to(dtype), weight.to(dtype), stride=stride)
-    full = all(n == z.shape[2] for n in frames)
-    z = F.gelu(plain_group_norm(z, norm_weight, norm_bias, None if full else torch.tensor(frames), eps))
+    if isinstance(frames, list):
+        frames = None if all(n == z.shape[2] for n in frames) else to_device(torch.tensor(frames), z.device)
+    z = F.gelu(plain_group_norm(z, norm_weight, norm_bias, frames, eps))
     return z.transpose(1, 2).contiguous()
 
 
@@ -208,7 +210,7 @@ def convolution_layer_norm_gelu(
     norm_weight: Tensor,
     norm_bias: Tensor,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     dtype: torch.dtype,
     eps: float = 1e-5,
@@ -237,7 +239,7 @@ def plain_convolution_layer_norm_gelu(
     norm_weight: Tensor,
     norm_bias: Tensor,
     stride: int,
-    frames: list[int],
+    frames: list[int] | Tensor,
     *,
     dtype: torch.dtype,
     eps: float = 1e-5,
@@ -250,11 +252,14 @@ def plain_convolution_layer_norm_gelu(
     return zero_padding(out, frames)
 
 
-def zero_padding(x: Tensor, frames: list[int]) -> Tensor:
-    """(batch, frames, channels) with zeros behind each utterance's own frames."""
-    if all(n == x.shape[1] for n in frames):
-        return x
-    real = torch.arange(x.shape[1], device=x.device)[None] < torch.tensor(frames, device=x.device)[:, None]
+def zero_padding(x: Tensor, frames: list[int] | Tensor) -> Tensor:
+    """(batch, frames, channels) with zeros behind each utterance's own frames, see
+    :func:`toolkit.nn.fast.common.real_frames`."""
+    if isinstance(frames, list):
+        if all(n == x.shape[1] for n in frames):
+            return x
+        frames = to_device(torch.tensor(frames), x.device)
+    real = torch.arange(x.shape[1], device=x.device)[None] < frames[:, None]
     return torch.where(real[..., None], x, 0)
 
 

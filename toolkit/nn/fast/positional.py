@@ -16,7 +16,7 @@ products too small."""
 
 
 def window_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, lengths: list[int], *, groups: int, fast: bool = True
+    x: Tensor, weight: Tensor, bias: Tensor, lengths: list[int] | Tensor, *, groups: int, fast: bool = True
 ) -> Tensor:
     """A grouped convolution of stride 1 that keeps the number of frames, each utterance on its own.
 
@@ -28,7 +28,7 @@ def window_convolution(
     x : (batch, frames, dim).
     weight : (dim, dim / groups, kernel), in the format of ``x``.
     bias : (dim,), in the format of ``x``.
-    lengths : real frames of each utterance.
+    lengths : real frames of each utterance, see :func:`toolkit.nn.fast.common.real_frames`.
     groups : groups of channels.
     fast : False takes the plain formula.
 
@@ -45,7 +45,9 @@ def window_convolution(
     return plain_window_convolution(x, weight, bias, lengths, groups=groups)
 
 
-def plain_window_convolution(x: Tensor, weight: Tensor, bias: Tensor, lengths: list[int], *, groups: int) -> Tensor:
+def plain_window_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, lengths: list[int] | Tensor, *, groups: int
+) -> Tensor:
     """The formula of :func:`window_convolution`."""
     kernel, frames = weight.shape[2], x.shape[1]
     # (batch, frames, dim) -> (batch, dim, frames); an even kernel gives one frame too many at the end
