@@ -31,7 +31,7 @@ def launched(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
-CODES = {("0", "0"): 0, ("75", "75"): 75, ("130", "130"): 130, ("75", "2"): 1, ("wait", "75"): 75}
+CODES = {("0", "0"): 0, ("75", "75"): 75, ("130", "130"): 130, ("0", "2"): 1, ("wait", "75"): 75}
 
 
 @pytest.mark.parametrize(("words", "code"), CODES.items())
