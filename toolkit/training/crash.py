@@ -112,7 +112,7 @@ class Failure:
 def write_report(
     folder: Path | None, failures: Sequence[Failure], *, about: Mapping[str, Any], outcome: str, name: str = REPORT_NAME
 ) -> Path | None:
-    """Write what is known into ``folder`` (None: nowhere), and return where."""
+    """Write what is known into ``folder`` (None: nowhere), and return where; None where it cannot be written."""
     if folder is None:
         return None
     first = failures[0]
@@ -126,7 +126,10 @@ def write_report(
         **about,
         "failures": [asdict(failure) for failure in failures],
     }
-    return write_json(folder / name, values)
+    try:
+        return write_json(folder / name, values)
+    except OSError:  # a full disk, for one, which is told by the error itself
+        return None
 
 
 def save_crashed(
