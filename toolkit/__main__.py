@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from toolkit import curves
-from toolkit.data import manifest_command
+from toolkit.data import manifest_command, shards_command
 from toolkit.data.manifest import read_manifest
 from toolkit.errors import CheckpointError, ConfigError, run_main
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference
@@ -22,19 +22,13 @@ from toolkit.models.convert.read import KNOWN, read_pretrained
 from toolkit.models.convert.speechbrain import is_speechbrain
 from toolkit.models.convert.write import WRITERS, write_pretrained
 from toolkit.models.model_files import TEXT_KINDS, read_model_config
+from toolkit.training import device_report
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.checkpoint_format import CHECKSUMS_NAME, problem_of, read_state
-from toolkit.training.devices import device_table
 from toolkit.training.hparams import help_text
 
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
-
-
-def show_devices(arguments: argparse.Namespace) -> int:
-    """Print the device table: what is here, what each kind needs."""
-    print(device_table())
-    return 0
 
 
 def show_path(arguments: argparse.Namespace) -> int:
@@ -215,8 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m toolkit``."""
     parser = _Parser(prog="python -m toolkit", description="Look at devices, files and runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    devices = commands.add_parser("devices", help="which devices are here, and what the others need")
-    devices.set_defaults(run=show_devices)
+    devices = commands.add_parser("devices", help="which devices are here, how fast, and what the others need")
+    device_report.add_arguments(devices)
+    devices.set_defaults(run=device_report.run_command)
     inspect = commands.add_parser("inspect", help="what a model, checkpoint, run, manifest or YAML is")
     inspect.add_argument("path")
     inspect.set_defaults(run=show_path)
@@ -230,6 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser("manifest", help="write a manifest as another kind, fairseq's among them")
     manifest_command.add_arguments(manifest)
     manifest.set_defaults(run=manifest_command.run_command)
+    shards = commands.add_parser("shards", help="pack a manifest's audio into tar shards, or check them")
+    shards_command.add_arguments(shards)
+    shards.set_defaults(run=shards_command.run_command)
     drawing = commands.add_parser("curves", help="draw a run's metrics.jsonl as a picture and a table")
     curves.add_arguments(drawing)
     drawing.set_defaults(run=curves.run_command)

@@ -6,6 +6,7 @@ against the run that nothing happened to. `tests/faults/suite.py` runs them all 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,6 +204,11 @@ def wait_for(is_reached: Callable[[], bool], is_alive: Callable[[], bool], *, se
     return True
 
 
+def is_running(process: subprocess.Popen) -> bool:
+    """Whether it has not ended."""
+    return process.poll() is None
+
+
 def children_of(pid: int) -> list[int]:
     """The processes that ``pid`` started, oldest first (Linux)."""
     found = []
@@ -275,31 +282,33 @@ def stopped(recipe: Recipe, seed: int) -> Iterator[Injected]:
     recipe.finish(folder)
 
 
-def torchrun(recipe: Recipe, folder: Path, log: Path, *options: str, **keys: Any) -> subprocess.Popen:
-    """The command with two processes under a real torchrun, through the toolkit's launcher."""
-    launcher = [sys.executable, "-m", "toolkit.launch", "--standalone", "--nproc-per-node=2", *options]
+@contextlib.contextmanager
+def torchrun(
+    recipe: Recipe, folder: Path, log: Path, *options: str, module: str = "toolkit.launch", **keys: Any
+) -> Iterator[subprocess.Popen]:
+    """The command with two processes under a real torchrun, through the toolkit's launcher or without it."""
+    launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node=2", *options]
+    words = [*launcher, str(recipe.script), *recipe.words(folder, **keys)]
     with open(log, "w", encoding="utf-8") as file:
-        words = [*launcher, str(recipe.script), *recipe.words(folder, **keys)]
-        return subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-
-
-def torchrun_ended(process: subprocess.Popen, log: Path) -> Ended:
-    """Wait for it."""
+        process = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
     try:
-        return Ended(process.wait(240), log.read_text(encoding="utf-8"))
+        yield process
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.terminate()  # it ends its ranks
+            process.wait(120)
 
 
 def ranks_told(recipe: Recipe, seed: int) -> Iterator[Injected]:
     """Under torchrun SIGUSR1 to one of two ranks, then SIGTERM to the launcher: both save, and the code is 75."""
     folder, log = recipe.folder / "ranks_told", recipe.folder / "ranks_told.log"
     for number, wanted in ((signal.SIGUSR1, 2), (signal.SIGTERM, 7)):
-        process = torchrun(recipe, folder, log, ckpt_interval_updates="null")
-        wait_for(lambda wanted=wanted: logged_update(folder) >= wanted, lambda process=process: process.poll() is None)
         to_rank = number == signal.SIGUSR1
-        os.kill(children_of(process.pid)[-1] if to_rank else process.pid, number)
-        expect(torchrun_ended(process, log), 75, "told to stop: saved at update ")
+        with torchrun(recipe, folder, log, ckpt_interval_updates="null") as process:
+            wait_for(lambda wanted=wanted: logged_update(folder) >= wanted, partial(is_running, process))
+            os.kill(children_of(process.pid)[-1] if to_rank else process.pid, number)
+            code = process.wait(240)
+        expect(Ended(code, log.read_text(encoding="utf-8")), 75, "told to stop: saved at update ")
         yield Injected(f"{number.name} to {'one rank of two' if to_rank else 'the launcher'}", lost_updates(folder))
     recipe.finish(folder, processes=2)
 
@@ -307,16 +316,19 @@ def ranks_told(recipe: Recipe, seed: int) -> Iterator[Injected]:
 def elastic(recipe: Recipe, seed: int) -> Iterator[Injected]:
     """kill -9 of one rank, then of the other, under torchrun --max-restarts: the run goes on by itself."""
     draw, folder, log = random.Random(seed), recipe.folder / "elastic", recipe.folder / "elastic.log"
-    process = torchrun(recipe, folder, log, "--max-restarts=2", "--monitor-interval=0.1")
     lost = []
-    for rank, wanted in ((1, draw.randrange(1, 5)), (0, draw.randrange(7, 12))):
-        def is_there(wanted: int = wanted) -> bool:
-            return saved_update(folder) >= wanted and len(children_of(process.pid)) >= 2
+    # plain torchrun, as most people start it
+    options = ("--max-restarts=2", "--monitor-interval=0.1")
+    with torchrun(recipe, folder, log, *options, module="torch.distributed.run") as process:
+        for rank, wanted in ((1, draw.randrange(1, 5)), (0, draw.randrange(7, 12))):
+            def is_there(wanted: int = wanted) -> bool:
+                return saved_update(folder) >= wanted and len(children_of(process.pid)) >= 2
 
-        wait_for(is_there, lambda: process.poll() is None)
-        os.kill(children_of(process.pid)[-2:][rank], signal.SIGKILL)
-        lost.append(lost_updates(folder))
-    expect(torchrun_ended(process, log), 0, "resumed at update ")
+            wait_for(is_there, partial(is_running, process))
+            os.kill(children_of(process.pid)[-2:][rank], signal.SIGKILL)
+            lost.append(lost_updates(folder))
+        code = process.wait(240)
+    expect(Ended(code, log.read_text(encoding="utf-8")), 0, "resumed at update ")
     same_bits(folder, recipe.whole(processes=2))
     yield from (Injected("kill -9 of a rank, torchrun restarts", number) for number in lost)
 
@@ -392,7 +404,7 @@ def no_memory(recipe: Recipe, seed: int) -> Iterator[Injected]:
     size = "vm = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()"
     script = own_script(recipe, f"import resource; {size}; self.update == 0 and {limit}")
     folder = recipe.folder / "no_memory"
-    keys = {"train_manifest": manifest, "max_duration": "null", "valid_interval_updates": 100}
+    keys = {"train_manifest": manifest, "max_duration": 2000, "valid_interval_updates": 100}
     (ended,) = run_forked(script, recipe.words(folder, ckpt_interval_updates="null", **keys))
     expect(ended, 2, "error: memory ran out at a batch of ", f"waveforms 1 x {8000 * seconds}, ", "; long) (",
            "lower batch_seconds or batch_tokens")  # fmt: skip
@@ -413,7 +425,7 @@ from tests.faults.real_runs import Stop, contents, run_forked, run_here
 disk = Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
 recipe, run = at.Digits(disk), disk / "run"
-at.expect(run_forked(recipe.script, recipe.words(run), stop=Stop(4, 0, signal.SIGTERM))[0], 75)
+at.expect(run_forked(recipe.script, recipe.words(run), stop=Stop(6, 0, signal.SIGTERM))[0], 75)
 before = contents(run / "save")
 with open(disk / "filler", "wb", buffering=0) as filler:
     filler.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 80_000))

@@ -7,6 +7,7 @@ out, named and counted, up to a stated share of the dataset.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import signal
 import sys
@@ -28,6 +29,12 @@ __all__ = ["Loader", "MicroBatch", "SpeechBatch", "collate_speech"]
 
 PREFETCH = 4
 """Micro-batches that each worker prepares ahead."""
+
+M_MMAP_THRESHOLD = -3
+"""mallopt's number for the size from which glibc takes a block from the system and gives it back when it is freed."""
+
+LARGE_BLOCK = 1 << 20
+"""Bytes of such a block in a worker: batches, not single utterances."""
 
 NAMED = 5
 """Bad utterances that the error message quotes in full."""
@@ -233,6 +240,7 @@ class Loader:
             pin_memory=self._pin_memory,
             prefetch_factor=PREFETCH,
             multiprocessing_context=_worker_context(),
+            worker_init_fn=_give_memory_back,
         )
         with _child_handler(None):
             self._stream = iter(loader)
@@ -252,7 +260,7 @@ class Loader:
             self._stream = None
             raise WorkerError(
                 "a loader worker was killed, most likely because memory (or shared memory, /dev/shm) ran out; lower "
-                "num_workers or batch_seconds, and run the same command again to resume."
+                "num_workers or the batch (batch_seconds, batch_tokens), and run the same command again to resume."
             ) from error
         if isinstance(made, _Failure):
             self.close()
@@ -360,6 +368,19 @@ def _child_handler(handler: Callable[..., None] | None) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _give_memory_back(worker: int) -> None:
+    """Let a worker return each batch's memory to the system at once.
+
+    glibc learns from the first batch to keep blocks of that size, and then holds hundreds of megabytes in each worker.
+    """
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # a system without it
+        return
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _worker_context() -> Any:

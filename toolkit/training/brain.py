@@ -25,6 +25,7 @@ from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
+from toolkit.training.device_probe import FUSED_OPTIMIZER
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
@@ -174,7 +175,8 @@ class Brain:
         """The optimizer over ``self.modules``."""
         if self.opt_class is None:
             raise ConfigError("opt_class is missing; a Brain that trains needs one, such as torch.optim.AdamW.")
-        return build_optimizer(self.modules, self.opt_class, self.parameter_groups)
+        fused = not self.device_row.on_host(FUSED_OPTIMIZER)
+        return build_optimizer(self.modules, self.opt_class, self.parameter_groups, fused=fused)
 
     def batch_amount(self, batch: Any) -> tuple[float, float]:
         """What is in a batch on the host without padding and with it: seconds of audio, tokens, or else items."""
@@ -381,7 +383,7 @@ class Brain:
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
         assert self.optimizer is not None
-        progress = self.progress
+        progress, self._at = self.progress, (Stage.TRAIN, None)
         self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
@@ -396,6 +398,7 @@ class Brain:
             raise TrainingError(
                 f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
             ) from None
+        self.device_row.mark_step()
         stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:

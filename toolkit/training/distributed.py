@@ -196,9 +196,11 @@ def init_world(
     # Objects and host tensors travel by gloo, the device's tensors by its own library.
     config = chosen if device.type == "cpu" or ":" in chosen else f"cpu:gloo,{device.type}:{chosen}"
     bound = device.torch_device if chosen == "nccl" else None
+    timeout = timedelta(minutes=timeout_minutes)
     try:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         dist.init_process_group(
-            config, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), device_id=bound
+            config, store=_of_this_start(store), rank=rank, world_size=size, timeout=timeout, device_id=bound
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -208,6 +210,18 @@ def init_world(
             f"within {timeout_minutes:g} minutes ({reason}); are all started, with one address, and is the port free?"
         ) from error
     return World(rank, local_rank, size, chosen, timeout_minutes)
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """``store`` without what earlier starts of these ranks left in it.
+
+    torchrun starts ranks again (``--max-restarts``) with the store that they had: there they would find the addresses
+    of processes that are gone, and wait for them. Only one node counts the restarts alike on all ranks; on several,
+    the store has to be a new one (`toolkit.launch`, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def reduce_gradients(
