@@ -115,8 +115,9 @@ class TextBlocks:
         return f"{self.name}: {self.blocks.report()}"
 
     def fingerprint(self) -> str:
-        """Equal where the blocks are (hexadecimal): for a checkpoint, which must go on with the same text."""
-        return hashlib.sha256(repr((self.text.fingerprint(), self._settings)).encode()).hexdigest()[:16]
+        """Equal where the blocks are, and what their ids mean (hexadecimal): a checkpoint must go on with the same."""
+        content = (self.text.fingerprint(), self.dictionary.fingerprint(), self._settings)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def block_id(self, row: int) -> str:
         """Part and line (from 1) in which a block begins, and how many tokens into it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -133,6 +134,10 @@ class TextDictionary:
         counts[: len(self)] = self.counts
         counts[: len(SPECIALS)] = 0
         return counts
+
+    def fingerprint(self) -> str:
+        """Equal where every id means the same symbol (hexadecimal), whatever the counts."""
+        return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()[:16]
 
     def index(self, symbol: str) -> int:
         """Id of ``symbol``, 3 (``<unk>``) if it is unknown."""

@@ -298,9 +298,8 @@ def test_changed_manifests_are_refused_and_changed_settings_told(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         other.resume()
     assert str(caught.value) == (
-        f"the data changed since the checkpoint {path}: train.csv; its place in the epoch means other utterances now. "
-        "Restore the former manifests to go on with this run, or give another --output_folder to begin one on the new "
-        "data."
+        f"the data changed since the checkpoint {path}: train.csv; its place in the epoch means other data now. "
+        "Restore the former data to go on with this run, or give another --output_folder to begin one on the new data."
     )
     other.load(path, resume=False)
     changed = {"lr": 0.2, "best": float("inf"), "dropout": 0.1}
