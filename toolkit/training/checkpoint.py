@@ -265,8 +265,8 @@ class Checkpointer:
         Arguments
         ---------
         names : only these objects; None: all.
-        resume : the run goes on from here: manifests must be the same, of another validation set and of changed settings
-            it is warned.
+        resume : the run goes on from here: manifests must be the same; changed settings and another validation set are
+            warned of.
 
         Raises
         ------
