@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.real_runs import COMMON, FIXTURES, ROOT, Ended, Stop, run_forked, run_here, words_of
+from tests.faults.real_runs import COMMON, FIXTURES, ROOT, TEXT, Ended, Stop, run_forked, run_here, text_words, words_of
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
 from toolkit.data.text_dictionary import TextDictionary
+from toolkit.data.tokens import load_tokenizer
 from toolkit.models.data2vec import Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.models.model_files import save_model_folder
@@ -207,6 +209,28 @@ def test_a_data2vec_folder_gives_its_encoder_and_its_tokens(output, tmp_path):
     for name, value in encoder.state_dict().items():
         torch.testing.assert_close(found[f"encoder.{name}"], value, rtol=0, atol=1e-6)
     assert (output / "model" / "dict.txt").read_bytes() == (tmp_path / "m" / "dict.txt").read_bytes()
+
+
+@pytest.mark.parametrize("words_too", [False, True])
+def test_a_model_of_prepared_text_carries_its_dictionary_and_needs_only_what_is_missing(output, tmp_path, words_too):
+    prepared = FIXTURES / "fairseq_text" / ("bin_word" if words_too else "bin_own")
+    keys = {"data_folder": prepared, "words": words_too, "max_updates": 1, "valid_splits": "[]"}
+    ended = run_here(TEXT, text_words(tmp_path / "text", **keys))
+    assert ended.code == 0, ended.stderr[-3000:]
+    model = tmp_path / "text" / "model"
+    assert (model / "dict.txt").read_bytes() == (prepared / "dict.txt").read_bytes()
+    tokens = json.loads((model / "config.json").read_text(encoding="utf-8"))["tokens"]
+    assert tokens == {"kind": "dictionary", "words": words_too, "file": "dict.txt"}
+    keys = {"pretrained": model, "test_splits": "[]"}
+    if not words_too:
+        refused(f"{model} carries its dict.txt, and nothing says how text becomes its symbols; give the folder of "
+                "GPT-2's encoder.json and vocab.bpe (--bpe_folder).", output, bpe_folder="null", **keys)  # fmt: skip
+    done(output, **keys, **({"bpe_folder": "null"} if words_too else {}))
+    kind = DictionaryTokenizer if words_too else Gpt2Tokenizer
+    assert isinstance(load_tokenizer(output / "model"), kind)
+    assert (output / "model" / "dict.txt").read_bytes() == (prepared / "dict.txt").read_bytes()
+    evaluated = done(tmp_path / "eval", pretrained=output / "model", test_only="True", bpe_folder="null")
+    assert f"model, tokens and labels: {output / 'model'}" in evaluated.stderr
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
