@@ -245,8 +245,15 @@ def _pretrained_tokens(
     """Those of the pretrained folder, what it lacks and no more from the settings."""
     hparams, kept = experiment.hparams, contents.tokenizer
     if isinstance(kept, Gpt2Tokenizer | DictionaryTokenizer):
+        if hparams["dict"] is not None:
+            given = TextDictionary.from_file(Path(hparams["dict"]).expanduser())
+            if difference := kept.dictionary.difference(given):
+                raise CheckpointError(
+                    f"{hparams['dict']} is another dictionary than that in {folder}: {difference}; leave out --dict, "
+                    "for the model carries its own."
+                )
         if _encodes(kept):
-            ignored = " (bpe_folder and dict do not count)" if hparams["bpe_folder"] or hparams["dict"] else ""
+            ignored = " (bpe_folder does not count)" if hparams["bpe_folder"] else ""
             experiment.say(f"tokens: those of {folder}{ignored}")
             return kept
         if hparams["bpe_folder"] is None:

@@ -13,7 +13,7 @@ from toolkit.errors import TokenError
 
 
 class DictionaryTokenizer:
-    """Text to the ids that a model was pretrained with, and back, where a ``dict.txt`` is all that is kept of its tokens.
+    """Text to the ids that a model was pretrained with, and back, where a ``dict.txt`` is all that is kept of them.
 
     Arguments
     ---------

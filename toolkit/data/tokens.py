@@ -26,6 +26,7 @@ __all__ = [
     "LetterTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "dictionary_difference",
     "load_tokenizer",
 ]
 
@@ -68,6 +69,14 @@ def load_tokenizer(
         f"{folder / 'config.json'}: the tokens are of kind {kind!r}, expected letters, sentencepiece, gpt2 or "
         "dictionary; the folder may come from a newer version of the toolkit."
     )
+
+
+def dictionary_difference(kept: Tokenizer | None, given: Tokenizer | None) -> str:
+    """The first symbol in which the dictionaries of two tokenizers differ, in words; "" where they do not, or one of
+    them has none."""
+    if isinstance(kept, Gpt2Tokenizer | DictionaryTokenizer) and isinstance(given, Gpt2Tokenizer | DictionaryTokenizer):
+        return kept.dictionary.difference(given.dictionary)
+    return ""
 
 
 def _token_config(folder: Path) -> dict[str, Any] | None:

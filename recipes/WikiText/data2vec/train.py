@@ -114,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
             sample_rate=0,
             normalize=False,
             say=experiment.say,
+            tokenizer=tokenizer,
         )
         brain = experiment.brain(
             TextPretraining,
