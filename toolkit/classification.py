@@ -21,8 +21,8 @@ from toolkit.data.labelled_text import (
     hold_out_rows,
     read_labelled_rows,
 )
-from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
-from toolkit.data.text_dictionary import TextDictionary
+from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer, check_gpt2_dictionary
+from toolkit.data.text_dictionary import DICT_FILE, TextDictionary
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import build_converted, build_text_encoder
@@ -262,6 +262,7 @@ def _pretrained_tokens(
                 "GPT-2's encoder.json and vocab.bpe (--bpe_folder)."
             )
         experiment.say(f"tokens: GPT-2's pieces through the dict.txt of {folder}")
+        check_gpt2_dictionary(kept.dictionary, Path(folder) / DICT_FILE)
         return Gpt2Tokenizer(Gpt2Bpe.from_folder(Path(hparams["bpe_folder"]).expanduser()), kept.dictionary)
     if hparams["dict"] is None:
         raise ConfigError(
@@ -278,7 +279,9 @@ def _given_tokens(experiment: Experiment, train: LabelledRows | None) -> Gpt2Tok
         raise ConfigError("bpe_folder is missing; give the folder of GPT-2's encoder.json and vocab.bpe.")
     bpe = Gpt2Bpe.from_folder(Path(hparams["bpe_folder"]).expanduser())
     if hparams["dict"] is not None:
-        return Gpt2Tokenizer(bpe, TextDictionary.from_file(Path(hparams["dict"]).expanduser()))
+        dictionary = TextDictionary.from_file(Path(hparams["dict"]).expanduser())
+        check_gpt2_dictionary(dictionary, hparams["dict"])
+        return Gpt2Tokenizer(bpe, dictionary)
     assert train is not None
     experiment.say("dictionary: made of the training texts")
     return Gpt2Tokenizer(bpe, dictionary_of(train, bpe))

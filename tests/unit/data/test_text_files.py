@@ -311,6 +311,12 @@ def test_tokenizer_of_a_model(bpe, tmp_path):
         tokenizer.decode([50265])
 
 
+def test_symbols_that_only_look_like_numbers_have_no_text(bpe):
+    symbols = ["262", "²", "٣", "50257", "9" * 5000, "the"]
+    tokenizer = Gpt2Tokenizer(bpe, TextDictionary(symbols))
+    assert tokenizer.decode(range(4, 4 + len(symbols))) == " the"
+
+
 @pytest.mark.parametrize("words", [True, False])
 def test_a_dictionary_alone_encodes_words_and_nothing_that_it_does_not_know(tmp_path, words):
     tokenizer = DictionaryTokenizer(TextDictionary(["the", "game", "<mask>"]), words=words)
