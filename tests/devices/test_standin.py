@@ -22,7 +22,7 @@ from tests.faults.real_runs import PRETRAINING, TEMPLATE, command_line, digits_w
 LOSS_TOLERANCE = 1e-5
 """Relative. On the CPU the packed, batched forms of toolkit.nn.fast run, on other devices the plain formulas over
 padded batches: the same sums in another order. Seen: 7e-7."""
-NORM_TOLERANCE, LATER_NORM_TOLERANCE = 2e-5, 2e-3
+NORM_TOLERANCE, LATER_NORM_TOLERANCE = 5e-5, 2e-3
 """Relative, of gradient norms: in the first update, and when Adam, which divides by a gradient's own size, has turned
 differences of rounding in the smallest ones into steps. Seen: 9e-6 and 6e-4."""
 BF16_TOLERANCE = 1e-2
