@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.real_runs import DIGITS, ROOT, TEMPLATE, contents, digits_words, environment, run_forked
+from tests.faults.real_runs import DIGITS, ROOT, TEMPLATE, Stop, contents, digits_words, environment, run_forked
 
 SHARD_MB = "0.02"
 
@@ -117,10 +117,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def train(output: Path, manifest: Path, **keys: object) -> None:
+def train(output: Path, manifest: Path, *, stop: Stop | None = None, **keys: object) -> str:
     keys = {"train_manifest": manifest, "max_updates": 4, "batch_seconds": 3, "ckpt_interval_updates": 2, **keys}
-    (ended,) = run_forked(TEMPLATE, digits_words(output, **keys))
-    assert ended.code == 0, ended.stderr[-2000:]
+    (ended,) = run_forked(TEMPLATE, digits_words(output, **keys), stop=stop)
+    assert ended.code == (0 if stop is None else -stop.signal), ended.stderr[-2000:]
+    return ended.stderr
 
 
 def test_training_from_shards_is_training_from_the_loose_files(whole, tmp_path):
@@ -130,8 +131,8 @@ def test_training_from_shards_is_training_from_the_loose_files(whole, tmp_path):
     expected = weights(tmp_path / "loose")
     train(tmp_path / "flac", whole / "manifest.csv")
     # Begun on loose files, gone on with from shards: it is the same corpus.
-    train(tmp_path / "both", DIGITS / "train.csv", max_updates=2)
-    train(tmp_path / "both", tmp_path / "pcm" / "manifest.csv", num_workers=2)
+    train(tmp_path / "both", DIGITS / "train.csv", stop=Stop(3, 0, signal.SIGKILL), async_save=False)
+    assert "resumed at update 2 " in train(tmp_path / "both", tmp_path / "pcm" / "manifest.csv", num_workers=2)
     for other in ("flac", "both"):
         found = weights(tmp_path / other)
         assert found.keys() == expected.keys()

@@ -23,6 +23,7 @@ from toolkit.errors import (
 )
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
@@ -222,6 +223,14 @@ class Brain:
             self.say("test_only: no training.")
             return
         self._prepare_fit(train_loader)
+        try:
+            self._fit(train_loader, valid_loader)
+        except BaseException:
+            self._parallel.abandon()
+            raise
+        self._parallel = self._parallel.finish()
+
+    def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
         length = self.progress.length
         if length.is_reached(self.update):
             if valid_loader is not None and length.finished_limits is None and not self._is_validated():
@@ -252,7 +261,6 @@ class Brain:
                 raise told from error
         self._profiler.close()
         close(train_loader)
-        self._parallel = self._parallel.finish()
         self.loggers.pause()
         self._stop = StopSignal()
         if stop.received and self.world.size == 1:
@@ -311,11 +319,12 @@ class Brain:
                 self._at = (Stage.TRAIN, micro)
                 self._tell_bad_audio(micro)
                 lent = self._parallel.lent(micro)
-                if micro.batch is not None:
-                    self.fit_batch(micro)
-                elif lent is not None:
-                    # The others wait for this rank in every block: it goes along, and adds nothing.
-                    self._step.backward(self._objective_of(*lent).loss_sum * 0)
+                with self._parallel.together():
+                    if micro.batch is not None:
+                        self.fit_batch(micro)
+                    elif lent is not None:
+                        # The others wait for this rank in every block: it goes along, and adds nothing.
+                        self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
                 self._at, self._is_making = (Stage.TRAIN, None), True
         except Exception as error:
@@ -410,6 +419,7 @@ class Brain:
         self._guard.note(finished.result, self._seen)
         self._begin_update()
         progress.advance()
+        self.world.at(f"update {self.update + 1}")
         progress.length.total = max(int(total), self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
@@ -522,6 +532,7 @@ class Brain:
             return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
 
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
+        self.world.at(f"the {stage.value} set, after update {self.update}")
         self.modules.eval()
         self.rng = None
         self._recorded = []
@@ -549,6 +560,7 @@ class Brain:
         self._at = (Stage.TRAIN, None)
         self._recorded = []
         reduced = sums.reduce(self.world)
+        self.world.at(f"update {self.update + 1}")
         if reduced.nonfinite:
             self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
         rows = [row for _, row in sorted(recorded, key=lambda item: item[0])]
@@ -619,9 +631,10 @@ class Brain:
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         if self.options.compile:
-            for module in self.modules.values():
-                module.compile(mode=self.options.compile_mode, dynamic=False)
+            by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
+            compile_modules(self.modules, by_block=by_block, mode=self.options.compile_mode)
         self.say(describe_modules(self.modules))
+        self.world.at(f"update {self.update + 1}")
         self.on_fit_start()
 
     def _save_and_requeue(self) -> None:

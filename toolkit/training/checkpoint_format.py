@@ -304,9 +304,12 @@ def host_tensor(tensor: torch.Tensor, copy: Copy | None = None) -> torch.Tensor:
     copy : brings it to the host (`Snapshot.copy`); None = no copy is made of what is there already.
     """
     tensor = tensor.detach()
-    is_sharded = hasattr(tensor, "full_tensor")
-    whole = tensor.full_tensor() if is_sharded else tensor
-    return whole.cpu() if copy is None else copy(whole, is_sharded)
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu() if copy is None else copy(tensor, False)
+    whole = tensor.full_tensor()
+    # One process alone has all in its own shard, which is the run's and will change.
+    is_temporary = whole.untyped_storage().data_ptr() != tensor.to_local().untyped_storage().data_ptr()
+    return whole.cpu() if copy is None else copy(whole, is_temporary)
 
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,7 @@ class RunOptions:
     max_minutes: float | None = _option(None, "End after so many minutes of training; null: no such limit.")
     num_workers: int = _option(0, "Processes per rank that read and decode audio; 0: none.")
     compile: bool = _option(False, "Compile the model with torch.compile (for accelerators; no gain on a CPU).")
+    compile_blocks: bool = _option(False, "Compile layer by layer: sooner ready; always so with --parallel fsdp2.")
     compile_mode: str = _option("default", "Mode given to torch.compile.")
     threads: int | None = _option(None, "Threads for products on the CPU; null: torch's own choice.")
     fast_allocator: bool = _option(True, "CPU: keep freed memory in the process (glibc), up to twice as fast.")

@@ -9,14 +9,17 @@ order, whatever came to them; `Shards` sees to that.
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 from toolkit.errors import ConfigError
 from toolkit.training.devices import Device
@@ -44,11 +47,17 @@ class Parallel(Protocol):
     def lent(self, micro: Any) -> tuple[Any, int] | None:
         """For a rank without a batch: the batch of another, with its index, that it has to go through as well."""
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Around each forward and backward."""
+
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is open, ranks may run the modules without each other and without gradient."""
 
     def finish(self) -> Parallel:
         """Training is over: every rank has whole modules again; returns who answers from now on."""
+
+    def abandon(self) -> None:
+        """The run ends here, whatever the others do: let go of the process group."""
 
 
 class Replicas:
@@ -80,6 +89,10 @@ class Replicas:
     def lent(self, micro: Any) -> None:
         """A rank without a batch waits at the update's end."""
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Each is alone."""
+        return contextlib.nullcontext()
+
     def held(self) -> contextlib.AbstractContextManager[None]:
         """They always may."""
         return contextlib.nullcontext()
@@ -87,6 +100,9 @@ class Replicas:
     def finish(self) -> Replicas:
         """They are whole already."""
         return self
+
+    def abandon(self) -> None:
+        """Nothing holds it."""
 
 
 class Shards:
@@ -128,9 +144,13 @@ class Shards:
             dist.init_process_group("gloo" if device.type == "cpu" else device.backend, store=dist.HashStore(),
                                     rank=0, world_size=1)  # fmt: skip
         mesh = init_device_mesh(device.type, (world.size,))
+        # torch's caches keep meshes for ever; one that keeps the group would keep its threads, see `init_world`. The
+        # mesh finds its group by name.
+        getattr(mesh, "_pg_registry", {}).clear()
         self._before = [_Before(module) for module in modules.modules()]
         self._roots = [module for module in modules.values() if any(True for _ in module.parameters())]
         self._units: list[Any] = []
+        self._ran: set[Any] = set()  # what runs for the first time is set up by torch for it
         for root in self._roots:
             blocks = root.blocks() if hasattr(root, "blocks") else []
             for unit in (*blocks, root):
@@ -140,6 +160,7 @@ class Shards:
                 unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
                 self._units.append(unit)
             root.set_reduce_scatter_unused_params(True)
+            root.register_forward_pre_hook(lambda module, _: self._ran.add(module))
         self._set_keep_all(True)
         self._used: set[str] = set()
         self._watched: set[str] = set()
@@ -167,15 +188,18 @@ class Shards:
         if trained == self._trained:
             return
         self._trained = trained
-        for unit in self._units:
-            unit.unshard()
+        self._gather()
         for (name, parameter), trains in zip(self.modules.named_parameters(), trained, strict=True):
             parameter.requires_grad_(trains)
             if trains and name not in self._watched:
                 self._watched.add(name)
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
         for unit in self._units:
             unit.reshard()
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # a block that was left out comes here too, without one
+            self._used.add(name)
 
     def lent(self, micro: Any) -> tuple[Any, int] | None:
         """See `Parallel` (a collective, once a micro-batch)."""
@@ -190,35 +214,57 @@ class Shards:
         batch = self.world.broadcast_object(micro.batch if self.world.rank == lender else None, source=lender)
         return None if micro.batch is not None else (batch, indices[lender])
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """The ranks gather parameters and sum gradients in there: a failure is told in words."""
+        return self.world.in_words("gather the parameters", only_collectives=True)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """See `Parallel`; each rank holds all parameters as long (a collective at its beginning)."""
         self._set_resharding(False)
-        for unit in self._units:
-            unit.unshard()
+        self._gather()
         try:
             yield
         finally:
             self._set_resharding(True)
-            for root in self._roots:
-                # Also forgets who ran what: ranks that ran less would otherwise prefetch less in the next backward.
+            for unit in self._units:
+                unit.reshard()
+            for root in self._ran:
+                # Forget who ran what: ranks that ran less would otherwise prefetch less in the next backward.
                 root.reset_iter_state()
 
     def finish(self) -> Replicas:
         """See `Parallel` (a collective)."""
         for unit in self._units:
             unit.reshard()
-        whole = {name: parameter.full_tensor().detach() for name, parameter in self.modules.named_parameters()}
-        trained = {name: parameter.requires_grad for name, parameter in self.modules.named_parameters()}
+        with self.world.in_words("gather the whole model"):
+            whole = {
+                parameter: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+                for parameter in self.modules.parameters()
+            }
+        self.abandon()
+        # one of two names (tied weights) too
+        for name, parameter in list(self.modules.named_parameters(remove_duplicate=False)):
+            owner, _, last = name.rpartition(".")
+            setattr(self.modules.get_submodule(owner), last, whole[parameter])
+        return Replicas(self.world)
+
+    def abandon(self) -> None:
+        """See `Parallel`; parameters stay in shards."""
         for before in self._before:
             before.restore()
-        for name, tensor in whole.items():
-            owner, _, last = name.rpartition(".")
-            setattr(self.modules.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=trained[name]))
         self._set_keep_all(False)
-        if self._own_group:
+        self._units.clear()
+        self._ran.clear()
+        # What held the group refers to itself in circles.
+        gc.collect()
+        if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
-        return Replicas(self.world)
+
+    def _gather(self) -> None:
+        with self.world.in_words("gather the parameters"):
+            for unit in self._units:
+                unit.unshard()
 
     def _set_resharding(self, on: bool) -> None:
         for unit in self._units:
@@ -235,17 +281,19 @@ class _Before:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, module.__class__
-        self.attributes = dict(module.__dict__)
-        self.hooks = {name: value.copy() for name, value in self.attributes.items() if _is_hooks(name, value)}
+        self.names = set(module.__dict__)
+        self.hooks = {name: value.copy() for name, value in module.__dict__.items() if _is_hooks(name, value)}
 
     def restore(self) -> None:
         """Make it that again; parameters stay as they are now."""
         self.module.__class__ = self.kind
-        for name in self.module.__dict__.keys() - self.attributes.keys():
+        for name in self.module.__dict__.keys() - self.names:
             del self.module.__dict__[name]
         for name, hooks in self.hooks.items():
             self.module.__dict__[name].clear()
             self.module.__dict__[name].update(hooks)
+        # torch's own list of what was sharded would not let it be sharded again.
+        getattr(_composable_state, "_module_state_mapping", {}).pop(self.module, None)
 
 
 def _is_hooks(name: str, value: Any) -> bool:
