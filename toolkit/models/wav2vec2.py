@@ -245,7 +245,9 @@ class Wav2Vec2Pretraining(nn.Module):
         )  # fmt: skip
         contrastive = contrastive_loss(logits, weights)
         codes = self.quantizer.num_groups * self.quantizer.num_codes
-        diversity = self.diversity_weight * total * (codes - quantized.prob_perplexity.sum()) / codes
+        # "codes - tensor" would be computed on the host, and stay there, by plugins that have no such operation.
+        unused = -(quantized.prob_perplexity.sum() - codes)
+        diversity = self.diversity_weight * total * unused / codes
         penalty = self.penalty_weight * total * encoded.feature_penalty
         loss = contrastive
         if self.diversity_weight:
