@@ -51,6 +51,14 @@ class DecayRamp(NamedTuple):
         return cls(start, end, steps)
 
 
+def _held(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters by name, of sharded ones this rank's shard: the average of shards is the shard of the average."""
+    return {
+        name: (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach()
+        for name, parameter in module.named_parameters()
+    }
+
+
 class Teacher(nn.Module):
     """A copy of a module in float32 at least: never trained, but moved towards it; always in evaluation mode.
 
@@ -101,14 +109,14 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def copy_from(self, student: nn.Module) -> None:
         """Take the student's weights as they are."""
-        theirs = dict(student.named_parameters())
-        names, own = zip(*self.module.named_parameters(), strict=True)
-        torch._foreach_copy_(list(own), [theirs[name] for name in names])
+        theirs = _held(student)
+        own = _held(self.module)
+        torch._foreach_copy_(list(own.values()), [theirs[name] for name in own])
 
     def remember(self, update: int) -> None:
         """Keep the weights as they are, for :meth:`go_back`; only the first time for the same ``update``."""
         if self._kept is None or self._kept[0] != update:
-            self._kept = update, [parameter.detach().clone() for parameter in self.module.parameters()]
+            self._kept = update, [tensor.clone() for tensor in _held(self.module).values()]
 
     def forget(self) -> None:
         """What was kept is not needed any more: the update is finished."""
@@ -118,7 +126,7 @@ class Teacher(nn.Module):
     def go_back(self) -> None:
         """To the weights that were kept, if any were."""
         if self._kept is not None:
-            torch._foreach_copy_(list(self.module.parameters()), self._kept[1])
+            torch._foreach_copy_(list(_held(self.module).values()), self._kept[1])
         self.forget()
 
     @torch.no_grad()
@@ -130,13 +138,13 @@ class Teacher(nn.Module):
         The decay that was used.
         """
         decay = self.decay.at(update)
-        theirs = dict(student.named_parameters())
+        theirs = _held(student)
         averaged, copied = ([], []), ([], [])
-        for name, own in self.module.named_parameters():
+        for name, own in _held(self.module).items():
             is_copied = any(fnmatchcase(name, pattern) for pattern in self.copied)
             targets, sources = copied if is_copied else averaged
             targets.append(own)
-            sources.append(theirs[name].detach().to(own.dtype))
+            sources.append(theirs[name].to(own.dtype))
         if averaged[0]:
             torch._foreach_lerp_(*averaged, 1.0 - decay)
         if copied[0]:

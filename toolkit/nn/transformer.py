@@ -304,7 +304,9 @@ class LayerStack(nn.ModuleList):
                 outputs.append((x, ffn))
         if wanted is not None and not chosen:
             x = x.index_select(0, wanted.rows)
-        return x, outputs
+        # Hooks on what the stack's owner returns must not be hooks on the last block's own output: which of the two
+        # is gathered first in the backward pass would depend on what the rank left out.
+        return x.view_as(x) if self.keep_all else x, outputs
 
     def _layers_to_run(self, rng: Randomness | None) -> list[int]:
         if rng is None or self.layerdrop == 0:

@@ -295,11 +295,12 @@ class Brain:
             for micro in micro_batches:
                 self._tell_bad_audio(micro)
                 lent = self._parallel.lent(micro)
-                if micro.batch is not None:
-                    self.fit_batch(micro)
-                elif lent is not None:
-                    # The others wait for this rank in every block: it goes along, and adds nothing.
-                    self._step.backward(self._objective_of(*lent).loss_sum * 0)
+                with self._parallel.together():
+                    if micro.batch is not None:
+                        self.fit_batch(micro)
+                    elif lent is not None:
+                        # The others wait for this rank in every block: it goes along, and adds nothing.
+                        self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
         except Exception as error:
             # The weights have not changed since the last update. With several ranks the others are in the middle of
@@ -338,6 +339,7 @@ class Brain:
         self._guard.note(finished.result, self._seen)
         self._begin_update()
         progress.advance()
+        self.world.at(f"update {self.update + 1}")
         progress.length.total = max(int(total), self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
@@ -452,6 +454,7 @@ class Brain:
             return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
 
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
+        self.world.at(f"the {stage.value} set, after update {self.update}")
         self.modules.eval()
         self.rng = None
         self._recorded = []
@@ -477,6 +480,7 @@ class Brain:
             raise error or TrainingError(errors[0])
         self._recorded = []
         reduced = sums.reduce(self.world)
+        self.world.at(f"update {self.update + 1}")
         if reduced.nonfinite:
             self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
         rows = [row for _, row in sorted(recorded, key=lambda item: item[0])]
@@ -548,6 +552,7 @@ class Brain:
             for module in self.modules.values():
                 module.compile(mode=self.options.compile_mode, dynamic=False)
         self.say(describe_modules(self.modules))
+        self.world.at(f"update {self.update + 1}")
         self.on_fit_start()
 
     def _save_and_requeue(self) -> None:

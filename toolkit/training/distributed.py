@@ -6,7 +6,7 @@ import importlib
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from toolkit import errors
 from toolkit.errors import DeviceError, ToolkitError
+from toolkit.training.attendance import Attendance
 from toolkit.training.devices import Device
 
 BUCKET_MEGABYTES = 32.0
@@ -38,18 +39,24 @@ class World:
     size: int = 1
     backend: str | None = None
     timeout_minutes: float = 30.0
+    attendance: Attendance | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
+    def at(self, where: str) -> None:
+        """Which part of the run comes now (``update 17``), for what is said when a process does not come."""
+        if self.attendance is not None:
+            self.attendance.where = where
+
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """``value`` of the process ``source``, on every process."""
         if self.size == 1:
             return value
         box = [value]
-        with self._in_words("send an object"):
+        with self.in_words("send an object"):
             dist.broadcast_object_list(box, src=source)
         return box[0]
 
@@ -58,7 +65,7 @@ class World:
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
-        with self._in_words("gather objects"):
+        with self.in_words("gather objects"):
             dist.all_gather_object(box, value)
         return box
 
@@ -93,12 +100,19 @@ class World:
 
     def _sum_tensors(self, tensors: list[torch.Tensor]) -> None:
         if self.size > 1:
-            with self._in_words("sum tensors"):
+            with self.in_words("sum tensors"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
-    def _in_words(self, action: str) -> _InWords:
-        return _InWords(self, action)
+    def in_words(self, action: str, *, only_collectives: bool = False) -> _InWords:
+        """While it is open, the failure of a collective is raised as a DeviceError: one sentence.
+
+        Arguments
+        ---------
+        action : what the processes do together, as "sum gradients".
+        only_collectives : other work is done inside as well, whose errors are passed on as they are.
+        """
+        return _InWords(self, action, only_collectives)
 
 
 @dataclass(frozen=True)
@@ -107,23 +121,36 @@ class _InWords:
 
     world: World
     action: str
+    only_collectives: bool
 
     def __enter__(self) -> None:
-        return None
+        if self.world.attendance is not None:
+            self.world.attendance.note(self.action)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, ToolkitError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            late = "timeout" in first.lower() or "timed out" in first.lower()
+        if not isinstance(error, RuntimeError) or isinstance(error, ToolkitError):
+            return
+        if self.only_collectives and not _is_of_collective(error):
+            return
+        world, attendance = self.world, self.world.attendance
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        missing = "" if attendance is None else attendance.describe_missing()
+        if "timeout" in first.lower() or "timed out" in first.lower():
             why = (
-                f"another process was not there within {self.world.timeout_minutes:g} minutes; look at its last "
-                "lines, or raise --distributed_timeout_minutes"
-                if late
-                else "another process has ended or the network failed; look at the first error in all logs"
+                f"{missing + ',' if missing else 'another process'} did not come within {world.timeout_minutes:g} "
+                "minutes; look at its last lines, or raise --distributed_timeout_minutes"
             )
-            raise DeviceError(
-                f"process {self.world.rank} of {self.world.size} could not {self.action}: {why} ({first})."
-            ) from error
+        else:
+            why = "another process has ended or the network failed; look at the first error in all logs"
+            why += f" (behind this one: {missing})" if missing else ""
+        where = f" in {attendance.where}" if attendance is not None and attendance.where else ""
+        raise DeviceError(
+            f"process {world.rank} of {world.size} could not {self.action}{where}: {why} ({first})."
+        ) from error
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _host_number(value: Any) -> int | float:
@@ -196,9 +223,12 @@ def init_world(
     # Objects and host tensors travel by gloo, the device's tensors by its own library.
     config = chosen if device.type == "cpu" or ":" in chosen else f"cpu:gloo,{device.type}:{chosen}"
     bound = device.torch_device if chosen == "nccl" else None
+    timeout = timedelta(minutes=timeout_minutes)
     try:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
-            config, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), device_id=bound
+            config, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout, device_id=bound
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -207,7 +237,8 @@ def init_world(
             f"process {rank} of {size} on {socket.gethostname()} could not join the others at {address} by {chosen} "
             f"within {timeout_minutes:g} minutes ({reason}); are all started, with one address, and is the port free?"
         ) from error
-    return World(rank, local_rank, size, chosen, timeout_minutes)
+    attendance = Attendance(dist.PrefixStore("attendance", store), rank, size)
+    return World(rank, local_rank, size, chosen, timeout_minutes, attendance)
 
 
 def reduce_gradients(
@@ -222,7 +253,7 @@ def reduce_gradients(
     if world.size == 1:
         return
     sent: list[tuple[list[torch.nn.Parameter], torch.Tensor, Any]] = []
-    with world._in_words("sum gradients"):
+    with world.in_words("sum gradients"):
         for bucket in _buckets(parameters, int(bucket_mb * 2**20)):
             rows = [_gradient(parameter).reshape(-1) for parameter in bucket]
             flat = rows[0] if len(rows) == 1 else torch.cat(rows)

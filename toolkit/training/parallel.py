@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,9 @@ class Parallel(Protocol):
 
     def lent(self, micro: Any) -> tuple[Any, int] | None:
         """For a rank without a batch: the batch of another, with its index, that it has to go through as well."""
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Around each forward and backward."""
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is open, ranks may run the modules without each other and without gradient."""
@@ -79,6 +83,10 @@ class Replicas:
 
     def lent(self, micro: Any) -> None:
         """A rank without a batch waits at the update's end."""
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Each is alone."""
+        return contextlib.nullcontext()
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """They always may."""
@@ -173,9 +181,13 @@ class Shards:
             parameter.requires_grad_(trains)
             if trains and name not in self._watched:
                 self._watched.add(name)
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
         for unit in self._units:
             unit.reshard()
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # a block that was left out comes here too, without one
+            self._used.add(name)
 
     def lent(self, micro: Any) -> tuple[Any, int] | None:
         """See `Parallel` (a collective, once a micro-batch)."""
@@ -189,6 +201,10 @@ class Shards:
             return None
         batch = self.world.broadcast_object(micro.batch if self.world.rank == lender else None, source=lender)
         return None if micro.batch is not None else (batch, indices[lender])
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """The ranks gather parameters and sum gradients in there: a failure is told in words."""
+        return self.world.in_words("gather the parameters", only_collectives=True)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
