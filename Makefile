@@ -2,6 +2,7 @@
 # make test   all tests                        make lint   ruff, and the test of the floors
 # make venv   only the environment             make bench  the pretraining step against its peer and its loop
 # make faults only the tests of interruptions and broken inputs
+# make distributed  several processes against one: every model, ddp and fsdp2, 2 and 4 processes
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13):        make venv PYTHON=python3.12
 # TORCH   the torch to install where .venv has none yet:          make venv TORCH="torch>=2.6"
@@ -20,7 +21,7 @@ BENCH_ARGS   ?=
 VENV_PYTHON = .venv/bin/python
 PIP         = $(VENV_PYTHON) -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint venv faults bench
+.PHONY: demo test lint venv faults distributed bench
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -36,6 +37,9 @@ lint: .venv/.ready
 
 faults: .venv/.ready
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/faults $(TEST_ARGS)
+
+distributed: .venv/.ready
+	OMP_NUM_THREADS=1 DISTRIBUTED_MATRIX=whole $(VENV_PYTHON) -m pytest -q -s tests/distributed $(TEST_ARGS)
 
 bench: .venv/.ready
 	$(VENV_PYTHON) benchmarks/step.py --peer transformers --precision fp32 $(BENCH_ARGS)

@@ -74,7 +74,7 @@ class SpeechPretraining:
         return pretraining_health(
             num_groups=quantizer.num_groups,
             num_codes=quantizer.num_codes,
-            num_candidates=1 + self.model.num_negatives,
+            num_candidates=1 + self.model.num_negatives + self.model.cross_sample_negatives,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.matrix import KINDS, WHOLE, largest_difference, largest_relative_difference, run
 from tests.faults.real_runs import Stop
 
-WEIGHTS = 1e-5
+WEIGHTS = 1e-6
 """As between any two numbers of processes: what the order of sums does, nothing that the moves add."""
 
 

@@ -301,7 +301,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole)
     run(parts, stop=Stop(1, 1, signal.SIGTERM), code=75)
-    run(parts, stop=Stop(5, 0, signal.SIGKILL), code=-9, num_workers=2)
+    run(parts, stop=Stop(5, 0, signal.SIGKILL), code=-9, num_workers=2, async_save=False)  # 4 is complete then
     assert "resumed at update 4" in run(parts).stderr
     for name in ("model/model.safetensors", "model/config.json", "model/dict.txt", "test_predictions.jsonl"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name

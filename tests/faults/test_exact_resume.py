@@ -242,7 +242,7 @@ def test_two_processes_pretrain_as_one_does(whole, tmp_path, name):
 
 def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
     kind, expected = KINDS["ctc"], whole("ctc")
-    kind.run(tmp_path, stop=Stop(3, 1, signal.SIGKILL), code=-9)
+    kind.run(tmp_path, stop=Stop(3, 1, signal.SIGKILL), code=-9, async_save=False)  # at 2 it is complete then
     # one rank alone is told to stop: both end, after the update that both are in
     ended = kind.run(tmp_path, processes=2, stop=Stop(5, 0, signal.SIGTERM), code=75)
     assert "resumed at update 2 " in ended.stderr

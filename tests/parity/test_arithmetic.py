@@ -2,6 +2,7 @@
 blocks and the teacher's decay."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from toolkit.data.audio import normalize_waveform
 from toolkit.data.batch import collate_speech
 from toolkit.data.text_blocks import locate, make_blocks
 from toolkit.data.text_order import fairseq_batches, fairseq_order
+from toolkit.errors import CheckpointError
+from toolkit.models.convert.fairseq_config import check_represented
 from toolkit.models.encoder import Wav2Vec2Encoder
-from toolkit.nn.contrastive import sample_negatives
+from toolkit.nn.contrastive import sample_cross_negatives, sample_negatives
 from toolkit.nn.ema import DecayRamp
 from toolkit.nn.feature_extractor import FeatureExtractor
 from toolkit.nn.quantizer import GumbelQuantizer
@@ -56,6 +59,10 @@ def test_learning_rates(case):
         assert peak * schedule(int(update), total) == pytest.approx(expected, rel=1e-12, abs=1e-14 * peak), update
         compared += 1
     assert compared >= 20
+    # Before its trainer calls step_update(0) the original's object has this rate, by which no update is made: the
+    # polynomial's is that of the second update, the others' that of the first.
+    first = 1 if name == "polynomial_decay" else 0
+    assert peak * schedule(first, total) == pytest.approx(case["lr_at_construction"], rel=1e-12, abs=1e-14 * peak)
 
 
 def test_the_quantizers_temperature():
@@ -74,42 +81,69 @@ def test_frame_counts():
 
 
 class Given:
-    """Randomness that gives the recorded integers, utterance by utterance."""
+    """Randomness that gives the recorded integers, stream by stream and utterance by utterance."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, **streams):
+        self.streams = streams
 
     def numpy(self, stream, utterance):
-        assert stream == "negatives"
-        self.utterance = utterance
+        self.row = self.streams[stream.replace(" ", "_")][utterance]
         return self
 
     def integers(self, low, high, size):
-        drawn = np.array(self.rows[self.utterance])
+        drawn = np.array(self.row)
         assert low <= drawn.min() and drawn.max() < high and drawn.size == size[0] * size[1]
         return drawn.reshape(size)
 
 
-OWN = [
-    case
-    for case in RECORDED["negative_sampling"]["cases"]
-    if not case["cross_sample_negatives"] and case["num"] == case["rows_per_sample"]
-]
+NEGATIVES = RECORDED["negative_sampling"]["cases"]
 
 
-def test_negatives_of_the_same_utterance():
-    """The cases of other utterances' negatives, and of negatives from everywhere, are options that this model lacks."""
-    assert len(OWN) == 1 and len(RECORDED["negative_sampling"]["cases"]) == 4
-    case = OWN[0]
-    (draws,) = case["draws_in_order"]
+@pytest.mark.parametrize("case", [case for case in NEGATIVES if case["num"] == case["rows_per_sample"]])
+def test_negatives(case):
+    """Of the frame's own utterance, then of the whole batch, as one list for each frame.
+
+    From the whole batch the original leaves out the row that has the frame's place within its utterance, so that from
+    the second utterance on a frame can be its own negative; only in the first is that the frame itself, as it is here.
+    """
     count, batch = case["num"], case["batch"]
-    assert draws["high_exclusive"] == count - 1
-    negatives = sample_negatives([count] * batch, case["n_negatives"], Given(draws["values"]))
-    everywhere = negatives.reshape(batch, -1) + count * np.arange(batch)[:, None]
-    assert everywhere.tolist() == case["neg_idxs"]
-    # as the logits take them: [negative][batch][position] -> row
-    gathered = everywhere.reshape(batch, count, -1).transpose(2, 0, 1)
+    own, cross = case["n_negatives"], case["cross_sample_negatives"]
+    draws = iter(case["draws_in_order"])
+    expected = np.array(case["neg_idxs"]).reshape(batch, -1)
+    found = []
+    if own:
+        recorded = next(draws)
+        assert recorded["high_exclusive"] == count - 1
+        negatives = sample_negatives([count] * batch, own, Given(negatives=recorded["values"]))
+        found.append(negatives.reshape(batch, count, own) + count * np.arange(batch)[:, None, None])
+    if cross:
+        recorded = next(draws)
+        assert recorded["high_exclusive"] == batch * count - 1
+        drawn = np.array(recorded["values"]).reshape(batch, count, cross)
+        negatives = sample_cross_negatives([count] * batch, cross, Given(cross_negatives=recorded["values"]))
+        negatives = negatives.reshape(batch, count, cross)
+        place = np.arange(count)[:, None]
+        theirs = drawn + (drawn >= place)
+        assert np.array_equal(negatives[0], theirs[0])
+        for row in range(1, batch):
+            # what lies between the place within the utterance and the frame itself is one row apart
+            between = (drawn[row] >= place) & (drawn[row] < place + row * count)
+            assert between.any() and np.array_equal(theirs[row] - negatives[row], between)
+        found.append(theirs)
+    every = np.concatenate([part.reshape(batch, -1) for part in found], axis=1)
+    assert np.array_equal(every, expected)
+    # as the logits take them: [negative][batch][position] -> row; each half of the list is one frame after the other
+    gathered = expected.reshape(batch, count, own + cross).transpose(2, 0, 1)
     assert gathered.tolist() == case["gathered_first_feature"]
+
+
+def test_negatives_from_everywhere_and_of_the_codebook_are_refused():
+    """The fourth case, and what the model has no option for: a checkpoint with them is named, not misread."""
+    (case,) = (case for case in NEGATIVES if case["num"] != case["rows_per_sample"])
+    assert case["rows_per_sample"] > case["num"]
+    for name, value in (("negatives_from_everywhere", True), ("codebook_negatives", 5)):
+        with pytest.raises(CheckpointError, match=name):
+            check_represented({name: value}, "pretraining", Path("x.pt"))
 
 
 def test_normalized_waveforms():

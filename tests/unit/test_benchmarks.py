@@ -52,3 +52,16 @@ def test_the_loop_of_the_recipe_beside_the_bare_step():
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["walls"]["loop"]) == len(result["walls"]["step"]) == 2
     assert result["loop"] > 0 and result["step"] > 0 and 0 < result["share"]
+
+
+def test_what_a_checkpoint_costs(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--size", "tiny", "--seconds", "1",
+               "--batch", "1", "--rounds", "2", "--folder", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["walls"]["waits_held"]) == len(result["walls"]["background_held"]) == 2
+    for way in ("waits", "background"):
+        assert result[way]["held_seconds"] > 0 and 0 < result[way]["share_15_minutes"] < 1
+        assert 0 < result[way]["share_100_updates"] < 1
+    assert result["checkpoint_bytes"] > 0 and not list(tmp_path.iterdir())

@@ -447,6 +447,8 @@ class Data2VecText(_Student):
         teacher_input: str = "paper",
     ) -> None:
         embeddings = ["token_embedding.*", "position_embedding.*", "embedding_norm.*"]
+        if encoder.token_type_embedding is not None:
+            embeddings.append("token_type_embedding.*")
         copied = embeddings if ema_layers_only else []
         super().__init__(encoder, ema_decay=ema_decay, ema_timing=ema_timing, copied=copied)
         self.rule = TargetRule.checked(

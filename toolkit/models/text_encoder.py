@@ -1,8 +1,8 @@
 """The encoder of data2vec text (Baevski et al. 2022, section 3.3; Liu et al. 2019): a transformer over tokens.
 
 Token and position embeddings -> layer norm -> dropout -> blocks with norms after each part. Order and arithmetic are
-fairseq's; what transformers calls Data2VecTextModel is the same, with one row of "token types" to be added to the
-positions.
+fairseq's. What transformers calls Data2VecTextModel is the same with two more parts, which a model read from there
+keeps: a vector of "token types" that is added to every token, and a pooler.
 
 Padding may stand anywhere: a padded token is never attended to, and does not count in the positions. On a CPU only
 the real tokens are computed.
@@ -54,6 +54,8 @@ class TextEncoder(nn.Module):
     dropout, attention_dropout, activation_dropout : drop probabilities of the embeddings and the blocks' residuals, of
         attention weights, and inside the feed-forward blocks.
     layerdrop : probability of leaving a layer out.
+    token_types : rows of a table whose first is added to every token's embedding (transformers); 0: no such table.
+    pooler : keep the linear layer that transformers puts on the first token's vector; nothing here goes through it.
     gradient_checkpointing : recompute layers in the backward pass to save memory.
 
     Raises
@@ -81,13 +83,15 @@ class TextEncoder(nn.Module):
         attention_dropout: float = 0.1,
         activation_dropout: float = 0.0,
         layerdrop: float = 0.0,
+        token_types: int = 0,
+        pooler: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         # Before any other local name exists: exactly the arguments.
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         check_sizes(vocab_size=vocab_size, dim=dim, ffn_dim=ffn_dim, num_heads=num_heads, max_positions=max_positions)
-        check_sizes(least=0, num_layers=num_layers, padding_id=padding_id)
+        check_sizes(least=0, num_layers=num_layers, padding_id=padding_id, token_types=token_types)
         if padding_id >= vocab_size:
             raise ModelError(f"padding_id is {padding_id}, expected one of the {vocab_size} token ids (from 0).")
         self.config = arguments
@@ -97,9 +101,13 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=padding_id)
         # As in the originals: real tokens count from padding_id + 1, and the rows before the padding's are never used.
         self.position_embedding = nn.Embedding(max_positions + padding_id + 1, dim, padding_idx=padding_id)
+        self.token_type_embedding = nn.Embedding(token_types, dim) if token_types else None
+        self.pooler = nn.Linear(dim, dim) if pooler else None
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=INITIAL_STD)
             nn.init.zeros_(embedding.weight[padding_id])
+        if self.token_type_embedding is not None:
+            nn.init.zeros_(self.token_type_embedding.weight)
         self.embedding_norm = nn.LayerNorm(dim)
         self.layers = LayerStack(
             num_layers=num_layers,
@@ -205,14 +213,15 @@ class TextEncoder(nn.Module):
         return Layout([length] * batch, padding & ~first, False)
 
     def _embedded(self, tokens: Tensor, places: Tensor, real: Tensor | None) -> Tensor:
-        """(rows, dim): the sums of both embeddings, of the ``real`` tokens alone where they are given."""
+        """(rows, dim): the sums of the embeddings, of the ``real`` tokens alone where they are given."""
         tokens, places = tokens.flatten(), places.flatten()
         if real is not None:
             filling = -len(real) % ROW_MULTIPLE
             tokens, places = (
                 F.pad(values.index_select(0, real), (0, filling), value=self.padding_id) for values in (tokens, places)
             )
-        return self.token_embedding(tokens) + self.position_embedding(places)
+        embedded = self.token_embedding(tokens) + self.position_embedding(places)
+        return embedded if self.token_type_embedding is None else embedded + self.token_type_embedding.weight[0]
 
     @staticmethod
     def _wanted_rows(padding: Tensor, positions: Tensor) -> WantedRows:

@@ -21,6 +21,7 @@ from toolkit.nn.contrastive import (
     contrastive_logits_plain,
     contrastive_loss,
     count_correct,
+    sample_cross_negatives,
     sample_negatives,
 )
 from toolkit.nn.fast.bits import DropoutBits, check_drop_probabilities, dropout
@@ -48,7 +49,7 @@ class PretrainingOutput:
     correct : scalar, frames whose true target came out first.
     code_perplexity, prob_perplexity : (G,), codes in use in this batch, 1 to V; by choices and by probabilities.
     temperature : of the quantizer in this forward.
-    logits : (S, 1 + N) float32, the true target in column 0.
+    logits : (S, 1 + N) float32, the true target in column 0; N counts those of the whole batch too.
     codes : (S, G) int64.
     encoded : the encoder's output; ``encoded.masked`` says which rows of logits and codes count.
     """
@@ -99,6 +100,7 @@ class Wav2Vec2Pretraining(nn.Module):
     code_dim : width of all groups' codes together; None: final_dim.
     temperature : (start, end, decay per update) of the quantizer's softmax.
     num_negatives : distractors, drawn from the other masked frames of the utterance.
+    cross_sample_negatives : further distractors, drawn from all masked frames of the batch (the paper: none).
     logit_temperature : divisor of the cosine similarities.
     dropout_features : drop probability on the quantizer's input.
     diversity_weight, penalty_weight : of the two terms beside the contrastive one; 0 leaves a term out.
@@ -127,14 +129,15 @@ class Wav2Vec2Pretraining(nn.Module):
         code_dim: int | None = None,
         temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995),
         num_negatives: int = 100,
+        cross_sample_negatives: int = 0,
         logit_temperature: float = 0.1,
         dropout_features: float = 0.1,
         diversity_weight: float = 0.1,
         penalty_weight: float = 10.0,
     ) -> None:
         super().__init__()
-        check_sizes(least=0, num_negatives=num_negatives)
-        if num_negatives < 1 or not 0 < logit_temperature < math.inf:
+        check_sizes(least=0, num_negatives=num_negatives, cross_sample_negatives=cross_sample_negatives)
+        if num_negatives + cross_sample_negatives < 1 or not 0 < logit_temperature < math.inf:
             raise ModelError(
                 f"num_negatives is {num_negatives} and logit_temperature {logit_temperature}; the first must be at "
                 "least 1 and the second above 0, as 100 and 0.1."
@@ -153,6 +156,7 @@ class Wav2Vec2Pretraining(nn.Module):
             "code_dim": code_dim,
             "temperature": list(temperature),
             "num_negatives": num_negatives,
+            "cross_sample_negatives": cross_sample_negatives,
             "logit_temperature": logit_temperature,
             "dropout_features": dropout_features,
             "diversity_weight": diversity_weight,
@@ -170,7 +174,8 @@ class Wav2Vec2Pretraining(nn.Module):
         )
         self.target_projection = nn.Linear(code_dim, final_dim)
         self.final_projection = nn.Linear(encoder.dim, final_dim)
-        self.num_negatives, self.logit_temperature = num_negatives, logit_temperature
+        self.num_negatives, self.cross_sample_negatives = num_negatives, cross_sample_negatives
+        self.logit_temperature = logit_temperature
         self.dropout_features = dropout_features
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
 
@@ -187,6 +192,7 @@ class Wav2Vec2Pretraining(nn.Module):
         update: int = 0,
         time_mask: np.ndarray | Tensor | None = None,
         negatives: np.ndarray | Tensor | None = None,
+        cross_negatives: np.ndarray | Tensor | None = None,
         gumbel_noise: Tensor | None = None,
     ) -> PretrainingOutput:
         """Mask a batch and score the predictions.
@@ -199,13 +205,15 @@ class Wav2Vec2Pretraining(nn.Module):
         update : finished updates, for the temperature.
         time_mask : (batch, frames) bool.
         negatives : (S, N) int64, positions among the masked frames of the frame's own utterance.
+        cross_negatives : (S, C) int64, positions among the S masked frames of the batch.
         gumbel_noise : (S, G, V) float32.
 
         Raises
         ------
         ModelError : neither ``rng`` nor the masks and negatives are given.
         """
-        if rng is None and (time_mask is None or negatives is None):
+        wants_cross = cross_negatives is None and self.cross_sample_negatives > 0
+        if rng is None and (time_mask is None or negatives is None or wants_cross):
             raise ModelError(
                 "pretraining needs masks and negatives in evaluation too: give rng, or time_mask and negatives."
             )
@@ -218,12 +226,21 @@ class Wav2Vec2Pretraining(nn.Module):
         if negatives is None:
             negatives = sample_negatives(masked.counts, self.num_negatives, rng)
         negatives = masked.spread(negatives)
+        if wants_cross:
+            cross_negatives = sample_cross_negatives(masked.counts, self.cross_sample_negatives, rng)
+        cross = None if cross_negatives is None else masked.spread_rows(cross_negatives)
         noise = None if gumbel_noise is None else masked.spread(gumbel_noise)
         with explicit_precision(waveforms.device.type):
-            return self._objective(encoded, negatives, noise, rng if self.training else None, update)
+            return self._objective(encoded, negatives, cross, noise, rng if self.training else None, update)
 
     def _objective(
-        self, encoded: Encoded, negatives: Tensor, noise: Tensor | None, rng: Randomness | None, update: int
+        self,
+        encoded: Encoded,
+        negatives: Tensor,
+        cross: Tensor | None,
+        noise: Tensor | None,
+        rng: Randomness | None,
+        update: int,
     ) -> PretrainingOutput:
         """Everything after the encoder, at the S masked frames; one line for one step of the paper."""
         positions, weights, device = encoded.masked.positions, encoded.masked.weights, negatives.device
@@ -241,7 +258,7 @@ class Wav2Vec2Pretraining(nn.Module):
         predictions = self.final_projection(widened(encoded.features))
         logits = (contrastive_logits if self.fast else contrastive_logits_plain)(
             predictions, targets, quantized.codes, negatives, counts=encoded.masked.row_counts,
-            temperature=self.logit_temperature,
+            temperature=self.logit_temperature, cross=cross,
         )  # fmt: skip
         contrastive = contrastive_loss(logits, weights)
         codes = self.quantizer.num_groups * self.quantizer.num_codes
@@ -284,7 +301,7 @@ class Wav2Vec2Pretraining(nn.Module):
             code_perplexity=zero.expand(groups),
             prob_perplexity=zero.expand(groups),
             temperature=self.quantizer.temperature_at(update),
-            logits=zero.new_zeros(0, 1 + self.num_negatives),
+            logits=zero.new_zeros(0, 1 + self.num_negatives + self.cross_sample_negatives),
             codes=torch.zeros(0, groups, dtype=torch.long, device=zero.device),
             encoded=encoded,
         )

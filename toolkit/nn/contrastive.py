@@ -1,7 +1,8 @@
 """The contrastive task of wav2vec 2.0 (section 3.2): negatives, logits, loss, accuracy.
 
 Letters: S masked frames of the whole batch (row-major: utterance by utterance, in order of time), M masked
-frames of one utterance, N negatives, F channels. Utterances may have different M.
+frames of one utterance, N negatives of the same utterance, C of the whole batch, F channels. Utterances may have
+different M.
 """
 
 from __future__ import annotations
@@ -48,8 +49,47 @@ def sample_negatives(counts: Sequence[int], num_negatives: int, rng: Randomness)
     return np.concatenate(rows)
 
 
+def sample_cross_negatives(counts: Sequence[int], num_negatives: int, rng: Randomness) -> np.ndarray:
+    """For each masked frame, other masked frames of the whole batch, uniformly, with repetition.
+
+    fairseq leaves out the row that has the frame's place *within its utterance*, so that from the second utterance on
+    a frame can be its own negative; here it is the frame itself that is left out.
+
+    Arguments
+    ---------
+    counts : masked frames of each utterance, S in all.
+    num_negatives : C.
+    rng : utterance b draws from ``rng.numpy("cross negatives", b)``.
+
+    Returns
+    -------
+    (S, C) int64, positions among the S masked frames **of the batch**; the only one of a batch gets itself.
+
+    Example
+    -------
+    >>> sample_cross_negatives([3, 1], 2, Randomness(0)).shape
+    (4, 2)
+    """
+    total = sum(counts)
+    if total < 2:
+        return np.zeros((total, num_negatives), dtype=np.int64)
+    drawn = [
+        rng.numpy("cross negatives", index).integers(0, total - 1, (count, num_negatives))
+        for index, count in enumerate(counts)
+    ]
+    rows = np.concatenate(drawn)
+    return rows + (rows >= np.arange(total)[:, None])
+
+
 def contrastive_logits(
-    predictions: Tensor, targets: Tensor, codes: Tensor, negatives: Tensor, *, counts: Sequence[int], temperature: float
+    predictions: Tensor,
+    targets: Tensor,
+    codes: Tensor,
+    negatives: Tensor,
+    *,
+    counts: Sequence[int],
+    temperature: float,
+    cross: Tensor | None = None,
 ) -> Tensor:
     """Cosine similarities of each prediction to its target (column 0) and to its negatives, over the temperature.
 
@@ -65,10 +105,11 @@ def contrastive_logits(
     negatives : (S, N) int64, see :func:`sample_negatives`.
     counts : masked frames of each utterance, sum S.
     temperature : divisor of the similarities.
+    cross : (S, C) int64, see :func:`sample_cross_negatives`; None: none.
 
     Returns
     -------
-    (S, 1 + N) float32
+    (S, 1 + N + C) float32
     """
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     equal = len(set(counts)) == 1
@@ -94,21 +135,33 @@ def contrastive_logits(
                 for start, end in pairwise(offsets.tolist())
             ]
         )
+    if cross is not None:
+        chosen = torch.cat([chosen, (predictions @ targets.T).gather(1, cross)], dim=1)
+        same = torch.cat([same, (codes[cross] == codes[:, None]).all(-1)], dim=1)
     positives = (predictions * targets).sum(-1, keepdim=True)
     return torch.cat([positives, chosen.masked_fill(same, float("-inf"))], dim=1) / temperature
 
 
 def contrastive_logits_plain(
-    predictions: Tensor, targets: Tensor, codes: Tensor, negatives: Tensor, *, counts: Sequence[int], temperature: float
+    predictions: Tensor,
+    targets: Tensor,
+    codes: Tensor,
+    negatives: Tensor,
+    *,
+    counts: Sequence[int],
+    temperature: float,
+    cross: Tensor | None = None,
 ) -> Tensor:
     """The same by gathering every vector, one utterance at a time; the reference of the tests."""
     rows, start = [], 0
     for count in counts:
         part = slice(start, start + count)
-        # (M, 1 + N, F)
-        candidates = torch.cat([targets[part][:, None], targets[part][negatives[part]]], dim=1)
+        # (M, N + C), positions among all S rows
+        others = negatives[part] + start if cross is None else torch.cat([negatives[part] + start, cross[part]], dim=1)
+        # (M, 1 + N + C, F)
+        candidates = torch.cat([targets[part][:, None], targets[others]], dim=1)
         logits = F.cosine_similarity(predictions[part][:, None], candidates, dim=-1) / temperature
-        same = (codes[part][negatives[part]] == codes[part][:, None]).all(-1)
+        same = (codes[others] == codes[part][:, None]).all(-1)
         rows.append(torch.cat([logits[:, :1], logits[:, 1:].masked_fill(same, float("-inf"))], dim=1))
         start += count
     return torch.cat(rows)

@@ -197,6 +197,12 @@ class MaskedFrames:
             return self.counts
         return (len(self.weights) // len(self.counts),) * len(self.counts)
 
+    def spread_rows(self, rows: np.ndarray | Tensor) -> Tensor:
+        """(S, ...) positions among the S masked frames -> (R, ...) on the device, positions among the R rows."""
+        if self.slots is None:
+            return self.spread(rows)
+        return self.spread(self.slots[torch.as_tensor(rows).cpu().numpy()])
+
     def spread(self, values: np.ndarray | Tensor) -> Tensor:
         """(S, ...) on the host or the device -> (R, ...) on the device, zeros in what fills up."""
         if self.slots is None or self.weights is None:

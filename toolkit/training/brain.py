@@ -22,6 +22,7 @@ from toolkit.errors import (
 )
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
@@ -213,6 +214,14 @@ class Brain:
             self.say("test_only: no training.")
             return
         self._prepare_fit(train_loader)
+        try:
+            self._fit(train_loader, valid_loader)
+        except BaseException:
+            self._parallel.abandon()
+            raise
+        self._parallel = self._parallel.finish()
+
+    def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
         length = self.progress.length
         if length.is_reached(self.update):
             if valid_loader is not None and length.finished_limits is None and not self._is_validated():
@@ -223,7 +232,7 @@ class Brain:
             return
         length.start(self.update)
         self._first_update = self.update
-        with StopSignal(self.world) as stop:
+        with contextlib.closing(self.saver), StopSignal(self.world) as stop:
             self._stop = stop
             try:
                 if self.update == 0 and valid_loader is not None:
@@ -238,7 +247,6 @@ class Brain:
                 self._save_and_requeue()
         self._profiler.close()
         close(train_loader)
-        self._parallel = self._parallel.finish()
         self.loggers.pause()
         self._stop = StopSignal()
         if stop.received and self.world.size == 1:
@@ -326,9 +334,9 @@ class Brain:
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
-        wishes.append(main * self._estimated_total())
+        wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
         finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
-        stops, interrupts, saves, total = finished.values
+        stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:
             progress.add(name, amount, count)
@@ -346,6 +354,9 @@ class Brain:
         self.on_update_end(finished.result)
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
+        if fails > 0:
+            # The main process could not write the last checkpoint: all end here, with its error.
+            self.saver.wait()
         return stops > 0, saves > 0
 
     def _after_update(self, epoch: int, valid_loader: MicroBatches | None, *, stops: bool, saves: bool) -> None:
@@ -374,7 +385,7 @@ class Brain:
         if stops and not ends:
             self._save_and_requeue()
         if ends or saves or metrics is not None:
-            self.saver.save(metrics)
+            self.saver.save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
@@ -549,8 +560,8 @@ class Brain:
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         if self.options.compile:
-            for module in self.modules.values():
-                module.compile(mode=self.options.compile_mode, dynamic=False)
+            by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
+            compile_modules(self.modules, by_block=by_block, mode=self.options.compile_mode)
         self.say(describe_modules(self.modules))
         self.world.at(f"update {self.update + 1}")
         self.on_fit_start()

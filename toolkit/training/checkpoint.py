@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from toolkit.errors import CheckpointError, ConfigError, describe_os_error
+from toolkit.training.background import BackgroundTask, Snapshot
 from toolkit.training.checkpoint_format import (
     CHECKSUMS_NAME,
+    Copy,
     TensorFile,
     clear_leftovers,
     delete_folder,
@@ -107,6 +109,9 @@ class Checkpointer:
         self._objects: dict[str, Any] = {}
         self._verified: set[Path] = set()
         self._warned: set[str] = set()
+        self._snapshot = Snapshot()
+        self._writer = BackgroundTask()
+        self._is_pending = False
 
     def add(self, name: str, obj: Any) -> None:
         """Have ``obj`` saved and loaded under ``name``.
@@ -122,7 +127,12 @@ class Checkpointer:
         self._objects[name] = obj
 
     def save(
-        self, update: int, state: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None
+        self,
+        update: int,
+        state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = True,
     ) -> Path:
         """Write the checkpoint after ``update`` updates, then delete those that need not be kept.
 
@@ -130,13 +140,27 @@ class Checkpointer:
         ---------
         state : plain values (numbers, text, lists, mappings) that `load` gives back.
         metrics : numbers by which the best are chosen.
+        wait : False = return once the main process holds a copy of everything in host memory, which a thread writes;
+            the memory is kept for the next time. Whatever needs the checkpoints waits for it: the next `save`,
+            `list`, `load`, ... An error of it is raised there, or by `wait`: call that before the program ends.
 
         Raises
         ------
-        CheckpointError : it could not be written (disk full, no rights); nothing half is left, and those written
-            before stay as they were.
+        CheckpointError : it, or the one that was still being written, could not be written (disk full, no rights);
+            nothing half is left, and those written before stay as they were. A save that waits is tried in any case,
+            as it may be the last: where it succeeds, the failure of the one before is a warning.
         """
-        tensors, values = self._collect()
+        failure: CheckpointError | None = None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if not wait:
+                raise
+            failure = error
+        snapshot = Snapshot(detached=False) if wait else self._snapshot
+        snapshot.begin()
+        tensors, values = self._collect(snapshot.copy if self.world.is_main else _not_needed)
+        snapshot.end()
         content = {
             "format": FORMAT,
             "update": int(update),
@@ -144,12 +168,57 @@ class Checkpointer:
             "metrics": split_state(dict(metrics or {}), where="the metrics")[0],
             "state": split_state(dict(state or {}), where="the run")[0],
             "objects": values,
-            "manifests": self.manifests,
+            "manifests": dict(self.manifests),
             "settings": split_state(self.settings, where="the settings")[0],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        run_on_main(self.world, self._write, int(update), tensors, content)
+        if wait:
+            try:
+                run_on_main(self.world, self._write, int(update), tensors, content)
+            except CheckpointError:
+                if failure is not None:
+                    raise failure from None  # the first is the one to be told of
+                raise
+            if failure is not None:
+                self._warn(_capitalized(failure))
+        else:
+            self._is_pending = True
+            if self.world.is_main:
+                self._writer.start(self._write, int(update), tensors, content)
         return self.folder / step_name(int(update))
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete (all processes call it).
+
+        Raises
+        ------
+        CheckpointError : it could not be written; on every process.
+        """
+        if self._is_pending:
+            try:
+                run_on_main(self.world, self._writer.wait)
+            finally:
+                self._is_pending = False
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is writing a checkpoint in the background."""
+        return self._writer.is_running
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this process could not write the last checkpoint, which `wait` will raise on all; asks no other."""
+        return self._writer.has_failed
+
+    def close(self) -> None:
+        """Wait for what this process is writing, without the others; a failure that nobody was told of is a warning.
+
+        For the end of a run that ends by an error of its own, where the others may not be waiting.
+        """
+        try:
+            self._writer.wait()
+        except Exception as error:
+            self._warn(_capitalized(error))
 
     def _write(self, update: int, tensors: dict[str, dict[str, torch.Tensor]], content: dict[str, Any]) -> None:
         target = self.folder / step_name(update)
@@ -158,7 +227,7 @@ class Checkpointer:
             clear_leftovers(self.folder)
             write_folder(target, tensors, content)
         except OSError as error:
-            valid = [info.path.name for info in self.list()]
+            valid = [info.path.name for info in _present(self.folder)[0]]
             left = f"{', '.join(valid)} remain valid" if valid else "there is no earlier one"
             raise CheckpointError(
                 f"the checkpoint {target} could not be written ({left}): {describe_os_error(error)}"
@@ -168,19 +237,10 @@ class Checkpointer:
 
     def list(self) -> list[CheckpointInfo]:
         """The valid checkpoints, oldest first; of each other folder a warning says why it is passed over."""
-        found = []
-        for _, path in present_folders(self.folder):
-            problem = problem_of(path, thorough=False)
-            if problem is None:
-                try:
-                    state = read_state(path)
-                except CheckpointError as error:
-                    problem = str(error).rstrip(".")
-                else:
-                    metrics = {name: _number(value) for name, value in state.get("metrics", {}).items()}
-                    found.append(CheckpointInfo(path, int(state["update"]), metrics, float(state.get("time", 0.0))))
-                    continue
-            self._warn(f"The folder {path} is passed over: {problem}.")
+        self.wait()
+        found, problems = _present(self.folder)
+        for problem in problems:
+            self._warn(problem)
         return found
 
     def find_latest(self) -> Path | None:
@@ -189,7 +249,7 @@ class Checkpointer:
 
     def find_best(self, metric: str | None = None, mode: str | None = None) -> Path | None:
         """The best sound checkpoint by ``metric`` (None: the one this Checkpointer keeps by), None without one."""
-        return self._first_sound(self._ranked(metric or self.best_metric, mode or self.best_mode))
+        return self._first_sound(_ranked(self.list(), metric or self.best_metric, mode or self.best_mode))
 
     def load(
         self, path: Path | str, *, names: tuple[str, ...] | None = None, resume: bool = True
@@ -205,6 +265,7 @@ class Checkpointer:
         ------
         CheckpointError : damaged, of another program, or not fitting the objects; says what and where.
         """
+        self.wait()
         path = Path(path)
         self._check_sound(path)
         content = read_state(path)
@@ -245,7 +306,8 @@ class Checkpointer:
         """
         if k < 1:
             raise ConfigError(f"an average takes 1 checkpoint or more, but {k} were asked for.")
-        ranked = self._ranked(metric, mode or self.best_mode) if metric else list(reversed(self.list()))
+        infos = self.list()
+        ranked = _ranked(infos, metric, mode or self.best_mode) if metric else list(reversed(infos))
         paths = [info.path for info in ranked if self._is_sound(info.path)][:k]
         if not paths:
             raise CheckpointError(f"there is no sound checkpoint in {self.folder} to average.")
@@ -257,17 +319,17 @@ class Checkpointer:
 
     # ---------------------------------------------------------------- what goes into a checkpoint
 
-    def _collect(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    def _collect(self, copy: Copy) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Tensors by file and plain values by object; every process takes part, for tensors sharded over them."""
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         values: dict[str, Any] = {}
         for name, obj in self._objects.items():
             if isinstance(obj, torch.nn.Module):
-                tensors[name] = {_clean(key): host_tensor(value) for key, value in obj.state_dict().items()}
+                tensors[name] = {_clean(key): host_tensor(value, copy) for key, value in obj.state_dict().items()}
             elif isinstance(obj, torch.optim.Optimizer):
-                tensors[name], values[name] = optimizer_to_tensors(obj, self._parameter_names())
+                tensors[name], values[name] = optimizer_to_tensors(obj, self._parameter_names(), copy)
             else:
-                values[name], found = split_state(obj.state_dict(), where=name)
+                values[name], found = split_state(obj.state_dict(), where=name, copy=copy)
                 if found:
                     tensors[name] = found
         return tensors, values
@@ -322,7 +384,7 @@ class Checkpointer:
         try:
             self._check_sound(path)
         except CheckpointError as error:
-            self._warn(str(error)[0].upper() + str(error)[1:])
+            self._warn(_capitalized(error))
             return False
         return True
 
@@ -337,18 +399,10 @@ class Checkpointer:
             self._verified.add(found)
         return found
 
-    def _ranked(self, metric: str | None, mode: str) -> list[CheckpointInfo]:
-        """Checkpoints that have the metric, the best first; of equal ones the later first."""
-        if metric is None:
-            return []
-        sign = -1.0 if mode == "max" else 1.0
-        able = [info for info in self.list() if not math.isnan(info.metrics.get(metric, math.nan))]
-        return sorted(able, key=lambda info: (sign * info.metrics[metric], -info.update))
-
     def _delete_old(self) -> None:
-        infos = self.list()
+        infos, _ = _present(self.folder)
         kept = {info.path for info in infos[-self.keep_last :]}
-        kept |= {info.path for info in self._ranked(self.best_metric, self.best_mode)[: self.keep_best]}
+        kept |= {info.path for info in _ranked(infos, self.best_metric, self.best_mode)[: self.keep_best]}
         for info in infos:
             if info.path not in kept:
                 delete_folder(info.path)
@@ -392,6 +446,42 @@ def _no_tensor(place: str) -> torch.Tensor:
 def _number(value: Any) -> float:
     number = join_state(value, _no_tensor)
     return float(number) if isinstance(number, int | float) else math.nan
+
+
+def _present(folder: Path) -> tuple[list[CheckpointInfo], list[str]]:
+    """The valid checkpoints, oldest first, and of each other folder a sentence why it is passed over."""
+    found, problems = [], []
+    for _, path in present_folders(folder):
+        problem = problem_of(path, thorough=False)
+        if problem is None:
+            try:
+                state = read_state(path)
+            except CheckpointError as error:
+                problem = str(error).rstrip(".")
+            else:
+                metrics = {name: _number(value) for name, value in state.get("metrics", {}).items()}
+                found.append(CheckpointInfo(path, int(state["update"]), metrics, float(state.get("time", 0.0))))
+                continue
+        problems.append(f"The folder {path} is passed over: {problem}.")
+    return found, problems
+
+
+def _ranked(infos: list[CheckpointInfo], metric: str | None, mode: str) -> list[CheckpointInfo]:
+    """Those that have the metric, the best first; of equal ones the later first."""
+    if metric is None:
+        return []
+    sign = -1.0 if mode == "max" else 1.0
+    able = [info for info in infos if not math.isnan(info.metrics.get(metric, math.nan))]
+    return sorted(able, key=lambda info: (sign * info.metrics[metric], -info.update))
+
+
+def _capitalized(error: Exception) -> str:
+    return str(error)[:1].upper() + str(error)[1:]
+
+
+def _not_needed(tensor: torch.Tensor, is_temporary: bool) -> torch.Tensor:
+    """In place of a copy on the processes that write nothing."""
+    return torch.empty(0)
 
 
 def _clean(name: str) -> str:

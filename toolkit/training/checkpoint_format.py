@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ CHECKSUMS_NAME = "checksums.json"
 STATE_NAME = "state.json"
 HASH = "sha256"  # also what `sha256sum` prints, and in hardware on recent CPUs
 BLOCK = 1 << 22
+Copy = Callable[[torch.Tensor, bool], torch.Tensor]
+"""Takes a tensor, and whether it is a temporary one (gathered just now), and returns one in host memory."""
 TENSOR_MARK, FLOAT_MARK = "__tensor__", "__float__"
 LOCAL_SETTINGS = ("fused", "foreach", "capturable", "differentiable")
 """Settings of an optimizer that follow the machine it runs on, not the run."""
@@ -138,23 +140,27 @@ def without_copies(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
     """Tensors that share no memory, and the names of those left out as equal to another (tied weights)."""
     distinct: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, str] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
-        owner = owners.get(place) if place else None
-        if owner is None:
-            owners[place] = name
+        place, storage = place_of(tensor), tensor.untyped_storage().data_ptr()
+        if place is None:
             distinct[name] = tensor.contiguous()
-        elif _is_same(tensors[owner], tensor):
-            aliases[name] = owner
+        elif place in owners:
+            aliases[name] = owners[place]
         else:
-            distinct[name] = tensor.clone(memory_format=torch.contiguous_format)
+            owners[place] = name
+            is_view = storage in storages
+            distinct[name] = tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor.contiguous()
+            storages.add(storage)
     return distinct, aliases
 
 
-def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    places = [(item.data_ptr(), item.shape, item.stride(), item.dtype) for item in (first, second)]
-    return places[0] == places[1]
+def place_of(tensor: torch.Tensor) -> Hashable | None:
+    """Equal for tensors that are the same memory seen the same way (tied weights); None for one without elements."""
+    if not tensor.numel():
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def problem_of(path: Path, *, thorough: bool) -> str | None:
@@ -237,8 +243,12 @@ class TensorFile:
         return self._file.get_tensor(self._aliases.get(name, name))
 
 
-def split_state(value: Any, *, where: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def split_state(
+    value: Any, *, where: str, copy: Copy | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A nested state as JSON with marks, and its tensors by dotted place.
+
+    ``copy`` is as for `host_tensor`.
 
     Raises
     ------
@@ -254,7 +264,7 @@ def split_state(value: Any, *, where: str) -> tuple[Any, dict[str, torch.Tensor]
 
     def split(item: Any, place: str) -> Any:
         if isinstance(item, torch.Tensor):
-            tensors[place] = host_tensor(item)
+            tensors[place] = host_tensor(item, copy)
             return {TENSOR_MARK: place}
         if isinstance(item, np.generic):
             item = item.item()
@@ -286,10 +296,20 @@ def join_state(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     return [join_state(item, tensor) for item in value] if isinstance(value, list) else value
 
 
-def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor in host memory (no copy when it is there); gathered over ranks where it is sharded."""
+def host_tensor(tensor: torch.Tensor, copy: Copy | None = None) -> torch.Tensor:
+    """The whole tensor in host memory, gathered over ranks where it is sharded.
+
+    Arguments
+    ---------
+    copy : brings it to the host (`Snapshot.copy`); None = no copy is made of what is there already.
+    """
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu() if copy is None else copy(tensor, False)
+    whole = tensor.full_tensor()
+    # One process alone has all in its own shard, which is the run's and will change.
+    is_temporary = whole.untyped_storage().data_ptr() != tensor.to_local().untyped_storage().data_ptr()
+    return whole.cpu() if copy is None else copy(whole, is_temporary)
 
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -306,13 +326,14 @@ def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def optimizer_to_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor], copy: Copy | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as tensors and plain values, both by parameter name.
 
     Arguments
     ---------
     names : parameter name to parameter.
+    copy : as for `host_tensor`.
 
     Returns
     -------
@@ -341,7 +362,7 @@ def optimizer_to_tensors(
         for parameter, name in zip(group["params"], members, strict=True):
             for slot, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{slot}/{name}"] = host_tensor(value)
+                    tensors[f"{slot}/{name}"] = host_tensor(value, copy)
                 elif value is not None:
                     numbers.setdefault(name, {})[slot] = split_state(value, where="the optimizer")[0]
     return tensors, {"groups": groups, "numbers": numbers}

@@ -61,6 +61,7 @@ class RunOptions:
     max_minutes: float | None = _option(None, "End after so many minutes of training; null: no such limit.")
     num_workers: int = _option(0, "Processes per rank that read and decode audio; 0: none.")
     compile: bool = _option(False, "Compile the model with torch.compile (for accelerators; no gain on a CPU).")
+    compile_blocks: bool = _option(False, "Compile layer by layer: sooner ready; always so with --parallel fsdp2.")
     compile_mode: str = _option("default", "Mode given to torch.compile.")
     threads: int | None = _option(None, "Threads for products on the CPU; null: torch's own choice.")
     fast_allocator: bool = _option(True, "CPU: keep freed memory in the process (glibc), up to twice as fast.")
@@ -72,6 +73,9 @@ class RunOptions:
     valid_interval_updates: int | None = _option(None, "Updates between two validations; null: at each epoch's end.")
     ckpt_interval_minutes: float | None = _option(15.0, "Minutes between two checkpoints; null: off.")
     ckpt_interval_updates: int | None = _option(None, "Updates between two checkpoints; null: off.")
+    async_save: bool = _option(
+        True, "Write checkpoints beside training, from a copy in host memory (as large as they are); False: it waits."
+    )
     keep_last: int = _option(2, "How many of the newest checkpoints to keep.")
     keep_best: int = _option(1, "How many of the best checkpoints to keep.")
     debug: bool = _option(False, "A few steps of everything: train, valid, checkpoint, resume, test.")

@@ -9,6 +9,7 @@ order, whatever came to them; `Shards` sees to that.
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 from toolkit.errors import ConfigError
 from toolkit.training.devices import Device
@@ -53,6 +55,9 @@ class Parallel(Protocol):
 
     def finish(self) -> Parallel:
         """Training is over: every rank has whole modules again; returns who answers from now on."""
+
+    def abandon(self) -> None:
+        """The run ends here, whatever the others do: let go of the process group."""
 
 
 class Replicas:
@@ -96,6 +101,9 @@ class Replicas:
         """They are whole already."""
         return self
 
+    def abandon(self) -> None:
+        """Nothing holds it."""
+
 
 class Shards:
     """Torch's fully sharded data parallelism (FSDP2): parameters, gradients and the optimizer's state in shards.
@@ -136,9 +144,13 @@ class Shards:
             dist.init_process_group("gloo" if device.type == "cpu" else device.backend, store=dist.HashStore(),
                                     rank=0, world_size=1)  # fmt: skip
         mesh = init_device_mesh(device.type, (world.size,))
+        # torch's caches keep meshes for ever; one that keeps the group would keep its threads, see `init_world`. The
+        # mesh finds its group by name.
+        getattr(mesh, "_pg_registry", {}).clear()
         self._before = [_Before(module) for module in modules.modules()]
         self._roots = [module for module in modules.values() if any(True for _ in module.parameters())]
         self._units: list[Any] = []
+        self._ran: set[Any] = set()  # what runs for the first time is set up by torch for it
         for root in self._roots:
             blocks = root.blocks() if hasattr(root, "blocks") else []
             for unit in (*blocks, root):
@@ -148,6 +160,7 @@ class Shards:
                 unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
                 self._units.append(unit)
             root.set_reduce_scatter_unused_params(True)
+            root.register_forward_pre_hook(lambda module, _: self._ran.add(module))
         self._set_keep_all(True)
         self._used: set[str] = set()
         self._watched: set[str] = set()
@@ -216,25 +229,37 @@ class Shards:
             yield
         finally:
             self._set_resharding(True)
-            for root in self._roots:
-                # Also forgets who ran what: ranks that ran less would otherwise prefetch less in the next backward.
+            for unit in self._units:
+                unit.reshard()
+            for root in self._ran:
+                # Forget who ran what: ranks that ran less would otherwise prefetch less in the next backward.
                 root.reset_iter_state()
 
     def finish(self) -> Replicas:
         """See `Parallel` (a collective)."""
         for unit in self._units:
             unit.reshard()
-        whole = {name: parameter.full_tensor().detach() for name, parameter in self.modules.named_parameters()}
-        trained = {name: parameter.requires_grad for name, parameter in self.modules.named_parameters()}
+        whole = {
+            name: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+            for name, parameter in self.modules.named_parameters()
+        }
+        self.abandon()
+        for name, parameter in whole.items():
+            owner, _, last = name.rpartition(".")
+            setattr(self.modules.get_submodule(owner), last, parameter)
+        return Replicas(self.world)
+
+    def abandon(self) -> None:
+        """See `Parallel`; parameters stay in shards."""
         for before in self._before:
             before.restore()
-        for name, tensor in whole.items():
-            owner, _, last = name.rpartition(".")
-            setattr(self.modules.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=trained[name]))
         self._set_keep_all(False)
-        if self._own_group:
+        self._units.clear()
+        self._ran.clear()
+        # What held the group refers to itself in circles.
+        gc.collect()
+        if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
-        return Replicas(self.world)
 
     def _set_resharding(self, on: bool) -> None:
         for unit in self._units:
@@ -262,6 +287,8 @@ class _Before:
         for name, hooks in self.hooks.items():
             self.module.__dict__[name].clear()
             self.module.__dict__[name].update(hooks)
+        # torch's own list of what was sharded would not let it be sharded again.
+        getattr(_composable_state, "_module_state_mapping", {}).pop(self.module, None)
 
 
 def _is_hooks(name: str, value: Any) -> bool:

@@ -81,14 +81,33 @@ class Saver:
             return True
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
-    def save(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Save the run as it stands (a collective)."""
+    def save(self, metrics: Mapping[str, float] | None = None, *, wait: bool = True) -> None:
+        """Save the run as it stands (a collective).
+
+        ``wait=False``, where ``async_save`` allows it: training may go on while it is written. For a checkpoint on
+        the way only; what ends a run, or goes on from a checkpoint, has to be certain of it.
+        """
         if self.checkpointer is None:
             return
         self._keep_best(metrics)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        self.checkpointer.save(self.progress.update, state, dict(metrics or {}))
+        wait = wait or not self.options.async_save
+        self.checkpointer.save(self.progress.update, state, dict(metrics or {}), wait=wait)
         self._last_save = time.monotonic()
+
+    def has_failed(self) -> bool:
+        """Whether this process could not write in the background; costs nothing."""
+        return self.checkpointer is not None and self.checkpointer.has_failed
+
+    def wait(self) -> None:
+        """Until what was saved is complete (a collective); CheckpointError if it could not be written."""
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+
+    def close(self) -> None:
+        """Wait for what this process is writing, without the others."""
+        if self.checkpointer is not None:
+            self.checkpointer.close()
 
     def resume(self) -> bool:
         """Go on from the last valid checkpoint; False if there is none."""

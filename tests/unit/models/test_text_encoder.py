@@ -33,6 +33,7 @@ FAIRSEQ = {
 HUGGING_FACE = {
     "token_embedding": ("embeddings.word_embeddings",),
     "position_embedding": ("embeddings.position_embeddings",),
+    "token_type_embedding": ("embeddings.token_type_embeddings",),
     "embedding_norm": ("embeddings.LayerNorm",),
     "layers.{}.qkv": tuple(f"encoder.layer.{{}}.attention.self.{part}" for part in ("query", "key", "value")),
     "layers.{}.out": ("encoder.layer.{}.attention.output.dense",),
@@ -137,11 +138,7 @@ def test_hidden_states_of_transformers(packed):
         for parameter in theirs.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     weights = dict(theirs.state_dict())
-    # its one row of token types is added to every token: a part of the positions here
-    weights["embeddings.position_embeddings.weight"] = (
-        weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"]
-    )
-    ours = fill(build(torch.float32, packed=packed), HUGGING_FACE, weights).eval()
+    ours = fill(build(torch.float32, packed=packed, token_types=1), HUGGING_FACE, weights).eval()
     tokens = sentences(12, 7, 1, 10)
     real = tokens != 1
     with torch.no_grad():

@@ -9,8 +9,9 @@ import torch
 from tests.unit.models.tiny import batch, pretraining
 from toolkit.errors import ModelError
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2Pretraining
-from toolkit.nn.contrastive import sample_negatives
+from toolkit.nn.contrastive import sample_cross_negatives, sample_negatives
 from toolkit.nn.fast.common import set_fast
+from toolkit.nn.masking import MaskedFrames
 from toolkit.seeds import Randomness
 
 RNG = Randomness(1).child("update", 4, 0)
@@ -65,6 +66,30 @@ def test_fast_and_plain_forms_agree_with_all_randomness_on():
     for name, grad in results[0][1].items():
         if grad is not None:
             torch.testing.assert_close(results[1][1][name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("own", [10, 0])
+def test_negatives_of_the_whole_batch(own):
+    """Their logits stand behind the others, in both forms, and with rows that fill up to a fixed number."""
+    changes = {"num_negatives": own, "cross_sample_negatives": 4}
+    model = pretraining({"equal_mask_counts": False}, **changes).eval()
+    waveforms, lengths = batch(4000, 2500)
+    out = model(waveforms, lengths, rng=RNG)
+    assert out.logits.shape == (out.num_masked, 1 + own + 4)
+    if own:
+        without = pretraining({"equal_mask_counts": False}, num_negatives=own)
+        without.load_state_dict(model.state_dict())
+        fewer = without.eval()(waveforms, lengths, rng=RNG)
+        torch.testing.assert_close(out.logits[:, : 1 + own], fewer.logits)
+    set_fast(model, False)
+    torch.testing.assert_close(model(waveforms, lengths, rng=RNG).logits, out.logits, rtol=0, atol=1e-4)
+    masked = out.encoded.masked
+    filled = MaskedFrames.of(masked.mask, "cpu", capacity=max(masked.counts) + 3)
+    drawn = sample_cross_negatives(masked.counts, 4, RNG)
+    rows = filled.spread_rows(drawn)
+    assert torch.equal(filled.positions[rows][filled.slots], masked.positions[torch.from_numpy(drawn)])
+    with pytest.raises(ModelError, match="needs masks and negatives in evaluation too"):
+        model(waveforms, lengths, time_mask=masked.mask, negatives=sample_negatives(masked.counts, own, RNG))
 
 
 def test_randomness_is_a_function_of_the_place():

@@ -10,6 +10,7 @@ from toolkit.nn.contrastive import (
     contrastive_logits_plain,
     contrastive_loss,
     count_correct,
+    sample_cross_negatives,
     sample_negatives,
 )
 from toolkit.seeds import Randomness
@@ -48,12 +49,27 @@ def problem(counts, dtype=torch.float64, negatives=20, num_codes=3):
     return predictions, targets, codes, torch.from_numpy(sample_negatives(counts, negatives, Randomness(5)))
 
 
+def test_cross_negatives_are_all_other_masked_frames_of_the_batch():
+    rng = Randomness(3)
+    drawn = sample_cross_negatives([3, 0, 2], 600, rng)
+    for row, others in enumerate(drawn):
+        counted = np.bincount(others, minlength=5)
+        assert counted[row] == 0 and len(others) == 600
+        assert (np.delete(counted, row) > 90).all()  # 150 each, if uniform
+    assert sample_cross_negatives([0, 1], 2, rng).tolist() == [[0, 0]]
+    assert sample_cross_negatives([], 2, rng).shape == (0, 2)
+    assert not np.array_equal(drawn, sample_cross_negatives([3, 0, 2], 600, Randomness(4)))
+
+
+@pytest.mark.parametrize("with_cross", [False, True])
 @pytest.mark.parametrize("counts", [(6, 6, 6), (6, 1, 0, 9)])
-def test_logits_equal_the_gathered_form(counts):
+def test_logits_equal_the_gathered_form(counts, with_cross):
     predictions, targets, codes, negatives = problem(counts)
     results = []
+    cross = torch.from_numpy(sample_cross_negatives(counts, 4, Randomness(5))) if with_cross else None
     for form in (contrastive_logits, contrastive_logits_plain):
-        logits = form(predictions, targets, codes, negatives, counts=counts, temperature=0.1)
+        logits = form(predictions, targets, codes, negatives, counts=counts, temperature=0.1, cross=cross)
+        assert logits.shape == (sum(counts), 1 + negatives.shape[1] + (4 if with_cross else 0))
         results.append((logits, *torch.autograd.grad(contrastive_loss(logits), (predictions, targets))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)

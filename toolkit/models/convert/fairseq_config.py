@@ -61,6 +61,7 @@ PRETRAINING_SETTINGS: tuple[tuple[str, str, type, Any], ...] = (
     ("num_groups", "latent_groups", int, 2),
     ("num_codes", "latent_vars", int, 320),
     ("num_negatives", "num_negatives", int, 100),
+    ("cross_sample_negatives", "cross_sample_negatives", int, 0),
     ("logit_temperature", "logit_temp", float, 0.1),
     ("dropout_features", "dropout_features", float, 0.0),
 )
@@ -77,7 +78,6 @@ REPRESENTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "quantize_targets": (True,),
         "quantizer_depth": (1,),
         "target_glu": (False,),
-        "cross_sample_negatives": (0,),
         "codebook_negatives": (0,),
         "negatives_from_everywhere": (False,),
     },
@@ -306,5 +306,7 @@ def text_architecture(model: Mapping[str, Any], *, vocab_size: int, max_position
         "vocab_size": vocab_size,
         "max_positions": max_positions,
         "padding_id": TEXT_PADDING,
+        "token_types": 0,
+        "pooler": False,
         **{name: setting(settings, key, kind, default, path) for name, key, kind, default in TEXT_SETTINGS},
     }

@@ -114,6 +114,8 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
             "whole models only; give a whole file."
         )
     architecture = cast(dict[str, Any], model.config)
+    if kind in TEXT_KINDS:
+        tensors = _without_further_parts(tensors)
     rate, normalize = converted.config.sample_rate, converted.config.normalize
     if kind == "ctc":
         settings = _ctc_settings(architecture, rate, normalize)
@@ -130,6 +132,16 @@ def write_fairseq(converted: Converted, path: str | os.PathLike[str]) -> None:
     if converted.tokenizer is not None and kind == "ctc":
         _write_dictionary(converted.tokenizer, path)
     _save(contents, path)
+
+
+def _without_further_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An encoder of text as fairseq has it: the vector of the token type goes into those of the positions, which are
+    added to the same tokens, and there is no pooler."""
+    out = {name: value for name, value in tensors.items() if ".pooler." not in f".{name}"}
+    for name in [name for name in out if name.endswith("token_type_embedding.weight")]:
+        positions = name.replace("token_type", "position")
+        out[positions] = out[positions] + out.pop(name)[0]
+    return out
 
 
 def _weights(kind: str, weights: dict[str, Any]) -> dict[str, Any]:

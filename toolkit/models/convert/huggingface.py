@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,8 +32,10 @@ from toolkit.models.convert.huggingface_names import (
     MEMORY,
     OWN,
     PICKLED_FILE,
+    POOLER,
     PREPROCESSOR_FILE,
     TOKEN_SETTINGS,
+    TOKEN_TYPES,
     names_table,
 )
 from toolkit.models.convert.huggingface_tokens import (
@@ -81,7 +84,9 @@ def read_huggingface(folder: Path, weights: Path | None = None) -> Converted:
     notes = list(vocabulary.notes)
     architecture, extra = _settings(config, model_type, kind, len(vocabulary.rows), path, notes)
     if model_type == DATA2VEC_TEXT:
-        _fold_token_types(tensors, file, notes)
+        architecture = architecture | _text_parts(tensors, file)
+        if architecture["token_types"] > 1:
+            notes.append("token types other than the first are kept and not used: here all tokens are of one type")
     found, missing, unused, unexpected, fresh = _import(kind, model_type, architecture, tensors, file, path)
     preprocessor = read_json_object(folder / PREPROCESSOR_FILE)
     rate, normalize = (0, False) if kind in TEXT_KINDS else _sound(preprocessor, folder, notes)
@@ -204,19 +209,16 @@ def _import(
     return found, missing, unused, unexpected, fresh
 
 
-def _fold_token_types(tensors: dict[str, Tensor], file: Path, notes: list[str]) -> None:
-    """The vector of the one kind of token that transformers adds everywhere goes into the positions' vectors."""
-    types, positions = (f"embeddings.{name}_embeddings.weight" for name in ("token_type", "position"))
-    if types not in tensors or positions not in tensors:
-        return
-    row = tensors[types][:1]
-    if row.ndim != 2 or tensors[positions].ndim != 2 or row.shape[1] != tensors[positions].shape[1]:
-        raise CheckpointError(f"{file}: {types} and {positions} are not of one width; copy the folder again.")
-    if bool(row.any()):
-        tensors[positions] = tensors[positions] + row
-        notes.append("the token type's vector was added to those of the positions; a folder written from this has none")
-    if len(tensors[types]) > 1:
-        notes.append("token types other than the first are left out: the toolkit's encoder has one kind of token")
+def _text_parts(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
+    """Which of Data2VecTextModel's further parts are there and do something: token types that are not zero, and a
+    pooler that is not the identity. Without them the writer puts just these in their places."""
+    types, weight, bias = (tensors.get(name) for name in (TOKEN_TYPES, f"{POOLER}.weight", f"{POOLER}.bias"))
+    if types is not None and types.ndim != 2:
+        raise CheckpointError(f"{file}: {TOKEN_TYPES} has the shape {tuple(types.shape)}; copy the folder again.")
+    pooled = weight is not None and bias is not None
+    if pooled and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
+        pooled = bool(bias.any()) or not torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))
+    return {"token_types": len(types) if types is not None and bool(types.any()) else 0, "pooler": pooled}
 
 
 def _sound(preprocessor: Mapping[str, Any] | None, folder: Path, notes: list[str]) -> tuple[int, bool]:

@@ -98,6 +98,10 @@ TEXT_FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("hidden_dropout_prob", "dropout", 0.1),
     ("attention_probs_dropout_prob", "attention_dropout", 0.1),
 )
+DEFAULT_TYPES = 2
+"""How many types of tokens transformers' text models have where config.json does not say."""
+TEXT_PARTS = ("token_types", "pooler")
+"""Settings of the toolkit's that config.json does not tell; the tensors do."""
 
 # What must have one value, and why another cannot be taken.
 FIXED_AUDIO = (
@@ -273,6 +277,7 @@ def _data2vec_positions(settings: Settings) -> dict[str, int]:
 def _text_architecture(settings: Settings) -> dict[str, Any]:
     settings.check(FIXED_TEXT)
     own = settings.fields(TEXT_FIELDS)
+    settings.get("type_vocab_size", DEFAULT_TYPES)  # its type is checked
     positions = settings.get("max_position_embeddings", 512) - own["padding_id"] - 1
     if positions < 1:
         raise CheckpointError(
@@ -359,5 +364,6 @@ def _text_settings(whole: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"architectures": ["Data2VecTextModel"], "model_type": DATA2VEC_TEXT}
     out |= {theirs: whole[ours] for theirs, ours, _ in TEXT_FIELDS}
     out["max_position_embeddings"] = whole["max_positions"] + whole["padding_id"] + 1
-    out |= {"hidden_act": "gelu", "layer_norm_eps": EPSILON, "type_vocab_size": 1}
+    # transformers' model has such a table always
+    out |= {"hidden_act": "gelu", "layer_norm_eps": EPSILON, "type_vocab_size": max(1, whole["token_types"])}
     return out | {"bos_token_id": 0, "eos_token_id": 2}

@@ -15,9 +15,12 @@ PICKLED_FILE = "pytorch_model.bin"
 TOKEN_SETTINGS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "architectures")
 """Keys of config.json that follow from the vocabulary and the head, not from the architecture."""
 
+TOKEN_TYPES, POOLER = "embeddings.token_type_embeddings.weight", "pooler.dense"
+"""Parts of Data2VecTextModel that the toolkit's encoder of text has only where they do something."""
+
 HEADS = (
     "projector.*", "classifier.*", "layer_weights", "lm_head.*", "qa_outputs.*", "pooler.*",
-    "embeddings.position_ids", "embeddings.token_type_ids", "embeddings.token_type_embeddings.weight",
+    "embeddings.position_ids", "embeddings.token_type_ids", TOKEN_TYPES,
 )  # fmt: skip
 """Of models that are read as encoders only."""
 
@@ -64,6 +67,8 @@ def text_table() -> list[Row]:
     table = [
         Row("token_embedding.weight", ("embeddings.word_embeddings.weight",)),
         Row("position_embedding.weight", ("embeddings.position_embeddings.weight",)),
+        Row("token_type_embedding.weight", (TOKEN_TYPES,)),
+        *_pairs("pooler", POOLER),
         *_pairs("embedding_norm", "embeddings.LayerNorm"),
         *_pairs(f"{layer}.out", f"{theirs}.attention.output.dense"),
         *_pairs(f"{layer}.attention_norm", f"{theirs}.attention.output.LayerNorm"),

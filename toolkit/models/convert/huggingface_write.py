@@ -17,13 +17,22 @@ from torch import Tensor
 from toolkit.data.tokens import LetterTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.models.convert.common import Converted, encoder_alone, export_tensors
-from toolkit.models.convert.huggingface_config import PREFIXES, architecture_of, complete, settings_of
+from toolkit.models.convert.huggingface_config import (
+    DEFAULT_TYPES,
+    PREFIXES,
+    TEXT_PARTS,
+    architecture_of,
+    complete,
+    settings_of,
+)
 from toolkit.models.convert.huggingface_names import (
     HEAD_TABLE,
     MEMORY,
     OWN,
+    POOLER,
     PREPROCESSOR_FILE,
     TOKEN_SETTINGS,
+    TOKEN_TYPES,
     encoder_table,
     text_table,
 )
@@ -115,6 +124,9 @@ def _same(original: Mapping[str, Any], model: ModelConfig) -> bool:
         read = architecture_of(original, model_type, model.kind, outputs=outputs, source=CONFIG_FILE)
     except CheckpointError:
         return False
+    if model.kind == "text_encoder":
+        # told by the tensors, not by the file
+        read |= {name: model.architecture[name] for name in TEXT_PARTS if name in model.architecture}
     return complete(model.kind, read) == complete(model.kind, model.architecture)
 
 
@@ -164,7 +176,7 @@ def _export(converted: Converted, config: Mapping[str, Any], rows: tuple[int | N
     """Tensors by transformers' names."""
     kind = converted.config.kind
     if kind == "text_encoder":
-        return _export_text(converted.tensors)
+        return _export_text(converted.tensors, config.get("type_vocab_size", DEFAULT_TYPES))
     tensors = dict(converted.tensors)
     if rows is not None:
         tensors |= {name: rows_to_theirs(tensors[name], rows) for name in ("head.weight", "head.bias")}
@@ -183,12 +195,12 @@ def _export(converted: Converted, config: Mapping[str, Any], rows: tuple[int | N
     return {prefix + name: value for name, value in out.items()} | export_tensors(HEAD_TABLE, heads)
 
 
-def _export_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors, and what else transformers' model has: one token type, which adds nothing, and a
-    product on the first vector, which changes nothing."""
+def _export_text(tensors: Mapping[str, Tensor], types: int) -> dict[str, Tensor]:
+    """The encoder's tensors, and what transformers' model has besides: token types, which add nothing where the
+    encoder has none, and a pooler, which is then the identity."""
     out = export_tensors(text_table(), tensors)
     weight = tensors["token_embedding.weight"]
-    out["embeddings.token_type_embeddings.weight"] = weight.new_zeros(1, weight.shape[1])
-    out["pooler.dense.weight"] = torch.eye(weight.shape[1], dtype=weight.dtype)
-    out["pooler.dense.bias"] = weight.new_zeros(weight.shape[1])
+    out.setdefault(TOKEN_TYPES, weight.new_zeros(types, weight.shape[1]))
+    out.setdefault(f"{POOLER}.weight", torch.eye(weight.shape[1], dtype=weight.dtype))
+    out.setdefault(f"{POOLER}.bias", weight.new_zeros(weight.shape[1]))
     return out

@@ -270,7 +270,6 @@ REFUSED = {
         "quantize_input": True,
         "quantize_targets": False,
         "target_glu": True,
-        "cross_sample_negatives": 5,
         "codebook_negatives": 3,
         "negatives_from_everywhere": True,
         "quantizer_depth": 2,
@@ -518,7 +517,9 @@ OURS = {
     "wav2vec2_encoder, data2vec": lambda: encoder(pos_depth=3, min_masks=1),
     "wav2vec2_encoder, equal widths": lambda: encoder(dim=16, min_masks=1, always_project=True),
     "wav2vec2_pretraining": lambda: pretraining({"pos_depth": 3, "gradient_checkpointing": True}, code_dim=8),
-    "wav2vec2_pretraining, other masks": lambda: pretraining({"min_masks": 0, "norm_over_padding": True, "dim": 16}),
+    "wav2vec2_pretraining, other masks": lambda: pretraining(
+        {"min_masks": 0, "norm_over_padding": True, "dim": 16}, cross_sample_negatives=3
+    ),
     "ctc": lambda: CTCModel(encoder(mask_channel_prob=0.2), 8, final_dropout=0.1, freeze_updates=5),
     "text_encoder": lambda: TextEncoder(vocab_size=9, dim=16, num_layers=1, ffn_dim=8, num_heads=2, max_positions=7),
 }
@@ -536,6 +537,19 @@ def test_our_own_models_there_and_back(tmp_path, case):
     assert again.config == ours.config and equal(again.tensors, ours.tensors)
     assert again.info.labels == ours.info.labels and not again.missing and not again.unexpected
     load_pretrained(tmp_path / "x.pt")
+
+
+def test_a_token_type_goes_into_the_positions(tmp_path):
+    """fairseq has no such vector, and no pooler; the sums stay the same."""
+    sizes = {"vocab_size": 9, "dim": 16, "num_layers": 1, "ffn_dim": 8, "num_heads": 2, "max_positions": 7}
+    text = TextEncoder(**sizes, token_types=2, pooler=True).eval()
+    torch.nn.init.normal_(text.token_type_embedding.weight)
+    write_fairseq(converted_of("text_encoder", text, rate=0), tmp_path / "x.pt")
+    again, info = load_pretrained(tmp_path / "x.pt")
+    assert (again.config["token_types"], again.config["pooler"]) == (0, False)
+    assert not any("token_type" in name or "pooler" in name for name in info.unused)
+    tokens = torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])
+    torch.testing.assert_close(again.eval()(tokens).features, text(tokens).features)
 
 
 def test_what_fairseq_cannot_hold(tmp_path):

@@ -274,3 +274,17 @@ def test_hugging_face_gets_the_encoder_of_text(tmp_path):
     # other forms lose nothing, and say so
     assert write_pretrained(read, tmp_path / "own", to="toolkit") == ()
     assert equal(read_pretrained(tmp_path / "own").tensors, read.tensors)
+
+
+def test_a_token_type_of_student_and_teacher_goes_into_their_positions(tmp_path):
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 11, "dim": 16, "num_layers": 2, "ffn_dim": 32, "num_heads": 2, "max_positions": 9}
+    inner = TextEncoder(**sizes, token_types=1)
+    torch.nn.init.normal_(inner.token_type_embedding.weight)
+    ours = Data2VecText(inner, mask_id=10, top_layers=2).eval()
+    write_fairseq(converted_of("data2vec_text", ours, rate=0), tmp_path / "x.pt")
+    again, _ = load_pretrained(tmp_path / "x.pt")
+    tokens = torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])
+    hidden = torch.tensor([[0, 10, 6, 2], [0, 10, 2, 1]])
+    assert again.encoder.token_type_embedding is None
+    torch.testing.assert_close(again.eval()(hidden, tokens).loss_sum, ours(hidden, tokens).loss_sum)

@@ -53,6 +53,11 @@ def models():
     yield "data2vec ctc", "ctc", CTCModel(encoder(**DATA2VEC), 5), None
     text = TextEncoder(vocab_size=11, dim=16, num_layers=2, ffn_dim=32, num_heads=2, max_positions=9, layerdrop=0.1)
     yield "text", "text_encoder", text, None
+    typed = TextEncoder(
+        vocab_size=11, dim=16, num_layers=1, ffn_dim=32, num_heads=2, max_positions=9, token_types=2, pooler=True
+    )
+    torch.nn.init.normal_(typed.token_type_embedding.weight)
+    yield "typed text", "text_encoder", typed, None
 
 
 CASES = {name: rest for name, *rest in models()}
@@ -108,7 +113,7 @@ def contents_of(folder):
     )
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "text"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("through_a_model_folder", [False, True])
 def test_from_hugging_face_and_back_nothing_changes(case, through_a_model_folder, tmp_path):
     folder = hf_folder(tmp_path, case, config={"a_setting_of_later": [1, {"b": None}], "torch_dtype": "float32"})
@@ -116,8 +121,9 @@ def test_from_hugging_face_and_back_nothing_changes(case, through_a_model_folder
     if through_a_model_folder:
         model = build_converted(start, folder)
         kind, tokenizer = start.config.kind, start.tokenizer
+        rate, extra = start.config.sample_rate, start.config.extra
         start = saved(
-            tmp_path / "ours", kind, model, tokenizer, sample_rate=8000, normalize=True, extra=start.config.extra
+            tmp_path / "ours", kind, model, tokenizer, sample_rate=rate, normalize=start.config.normalize, extra=extra
         )
     write_huggingface(start, tmp_path / "again")
     files, tensors = contents_of(folder)
@@ -604,19 +610,37 @@ def test_a_new_vocabulary_takes_the_place_of_the_remembered_one(tmp_path):
 # text
 
 
-def test_one_token_type_is_added_to_the_positions(tmp_path):
+def test_token_types_and_a_pooler_are_there_only_where_they_do_something(tmp_path):
+    folder = hf_folder(tmp_path, "text", config={"type_vocab_size": 2})
+
+    row = torch.linspace(-0.5, 0.5, 16)
+
     def typed(tensors):
-        tensors["embeddings.token_type_embeddings.weight"] = torch.full((2, 16), 0.5)
+        tensors["embeddings.token_type_embeddings.weight"] = torch.stack([row, row + 1])
+        tensors["pooler.dense.bias"] = torch.ones(16)
         return tensors | {"lm_head.bias": torch.zeros(2), "embeddings.position_ids": torch.arange(11)[None]}
 
-    folder = hf_folder(tmp_path, "text", config={"type_vocab_size": 2})
     before = read_pretrained(folder)
-    after = read_pretrained(rewritten(folder, typed))
-    added = after.tensors["position_embedding.weight"] - before.tensors["position_embedding.weight"]
-    torch.testing.assert_close(added, torch.full_like(added, 0.5))
-    assert "lm_head.bias" in after.info.unused and "pooler.dense.weight" in after.info.unused
-    assert len(after.info.notes) == 2 and after.unexpected == ()
+    assert (before.config.architecture["token_types"], before.config.architecture["pooler"]) == (0, False)
     assert before.info.notes == () and before.config.sample_rate == 0
+    after = read_pretrained(rewritten(folder, typed))
+    assert (after.config.architecture["token_types"], after.config.architecture["pooler"]) == (2, True)
+    assert "lm_head.bias" in after.info.unused and "pooler.dense.bias" not in after.info.unused
+    assert after.unexpected == after.missing == () and len(after.info.notes) == 1
+    plain, own = (build_converted(each, folder).eval() for each in (before, after))
+    tokens = torch.tensor([[0, 5, 6, 2]])
+    assert not torch.allclose(plain(tokens).features, own(tokens).features)
+    with torch.no_grad():  # the first type's vector and no other is added everywhere
+        plain.position_embedding.weight += row
+    torch.testing.assert_close(plain(tokens).features, own(tokens).features)
+
+
+def test_a_table_of_token_types_without_rows_of_numbers_is_refused(tmp_path):
+    def flat(tensors):
+        return tensors | {"embeddings.token_type_embeddings.weight": torch.ones(16)}
+
+    with pytest.raises(CheckpointError, match=r"token_type_embeddings.weight has the shape \(16,\)"):
+        read_pretrained(rewritten(hf_folder(tmp_path, "text"), flat))
 
 
 @pytest.mark.parametrize(

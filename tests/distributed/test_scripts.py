@@ -1,0 +1,144 @@
+"""The start scripts build the right command, and two nodes (two agents on this machine) train as one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.matrix import KINDS, UPDATES, free_port, kill, largest_difference, run
+from tests.faults.real_runs import ROOT, environment
+
+TORCHRUN = ROOT / "scripts" / "torchrun.sh"
+SLURM = ROOT / "scripts" / "slurm.sbatch"
+LAUNCHER = f"#!/bin/sh\nexec '{sys.executable}' -m torch.distributed.run \"$@\"\n"
+"""What ``torchrun`` is, whether or not the environment's programs are on the path."""
+
+SRUN = """#!/bin/bash
+# What srun does as far as the script needs it: the command once for each task, and the highest exit code.
+echo "srun $1" >> "$SRUN_LOG"
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks[rank]=$!
+done
+code=0
+for task in "${tasks[@]}"; do wait "$task"; one=$?; [ $one -gt $code ] && code=$one; done
+exit $code
+"""
+SCONTROL = '#!/bin/sh\necho "scontrol $*" >> "$SRUN_LOG"\n[ "$1" = show ] && printf "127.0.0.1\\nother\\n"\ntrue\n'
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> dict[str, str]:
+    """An environment in which torchrun, srun and scontrol are these."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name, text in {"torchrun": LAUNCHER, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {**environment(), "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable,
+            "SRUN_LOG": str(tmp_path / "srun.log")}  # fmt: skip
+
+
+def call(command: list[object], env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "--max-restarts 3 --standalone --nproc-per-node 1 train.py x.yaml --a=b c"),
+        ({"CARDS": "8", "RESTARTS": "0"}, "--max-restarts 0 --standalone --nproc-per-node 8 train.py x.yaml --a=b c"),
+        (
+            {"CARDS": "16", "MASTER_ADDR": "node1"},
+            "--max-restarts 3 --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
+            "--rdzv-id run train.py x.yaml --a=b c",
+        ),
+        (
+            {"CARDS": "32", "MASTER_ADDR": "node1", "MASTER_PORT": "1234", "RUN_ID": "mine"},
+            "--max-restarts 3 --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:1234 "
+            "--rdzv-id mine train.py x.yaml --a=b c",
+        ),
+    ],
+)
+def test_torchrun_is_called_for_so_many_cards(variables, expected):
+    env = {"PATH": os.environ["PATH"], "TORCHRUN": "echo"} | variables
+    done = call([TORCHRUN, "train.py", "x.yaml", "--a=b c"], env)
+    assert done.returncode == 0 and done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "said"),
+    [
+        ([], {}, "no script was given"),
+        (["train.py"], {"CARDS": "12", "MASTER_ADDR": "x"}, "expected a multiple of the 8 of a node"),
+        (["train.py"], {"CARDS": "16"}, "set MASTER_ADDR"),
+        (["train.py"], {"CARDS": "eight"}, "whole numbers"),
+        (["train.py"], {"CARDS": "0"}, "both start at 1"),
+    ],
+)
+def test_what_makes_no_command_is_told(words, variables, said):
+    done = call([TORCHRUN, *words], {"PATH": os.environ["PATH"], "TORCHRUN": "echo"} | variables)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and said in done.stderr
+
+
+def test_two_nodes_train_as_one_process_does(programs, tmp_path):
+    """Two agents that meet at a port of this machine, each with one worker."""
+    kind, folder = KINDS["ctc"], tmp_path / "nodes"
+    words = kind.words(folder, max_updates=UPDATES, distributed_timeout_minutes=1)
+    env = programs | {"CARDS": "2", "CARDS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                      "RESTARTS": "0"}  # fmt: skip
+    logs = [tmp_path / f"node{number}.log" for number in (0, 1)]
+    nodes = []
+    for log in logs:
+        with open(log, "w", encoding="utf-8") as file:
+            nodes.append(
+                subprocess.Popen([str(TORCHRUN), str(kind.script), *words], env=env, stdout=file, stderr=file)
+            )
+    try:
+        codes = [node.wait(200) for node in nodes]
+    finally:
+        for node in nodes:
+            kill(node)
+    texts = [log.read_text(encoding="utf-8") for log in logs]
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
+    assert any("2 ranks, 2 accumulated on each" in text for text in texts)
+    run(kind, tmp_path / "one")
+    difference, name = largest_difference(folder, tmp_path / "one")
+    assert difference <= 1e-6, name
+
+
+def test_slurm_starts_the_ranks_and_requeues_a_run_that_has_saved(programs, tmp_path):
+    """The script itself with a stand-in for srun that starts the tasks: a real run of two ranks, told to stop."""
+    kind, folder = KINDS["ctc"], tmp_path / "run"
+    job = programs | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2",
+                      "MASTER_PORT": str(free_port())}  # fmt: skip
+    # it is over its minutes at once: the first update is its last, which needs no signal
+    words = kind.words(folder, max_updates=1, distributed_timeout_minutes=1, evaluate="last")
+    done = call([SLURM, kind.script, *words], job)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 ranks, 2 accumulated on each" in done.stderr
+    log = Path(programs["SRUN_LOG"]).read_text(encoding="utf-8")
+    assert log.splitlines() == ["scontrol show hostnames node[1-2]", "srun --kill-on-bad-exit=1"]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (0, False)])
+def test_slurm_requeues_by_the_exit_code(programs, tmp_path, code, requeued):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "names = 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()\n"
+        "words = [*(os.environ[name] for name in names), *sys.argv[1:]]\n"
+        "sys.stdout.write(' '.join(words) + '\\n')\n"  # in one piece: both write to one pipe
+        f"sys.exit({code})\n"
+    )
+    job = programs | {"SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_ID": "1234567", "SLURM_NTASKS": "2"}
+    done = call([SLURM, script, "x.yaml", "--a=b c"], job)
+    assert done.returncode == code
+    ranks = [line for line in done.stdout.splitlines() if line[0].isdigit()]
+    assert sorted(ranks) == [f"{rank} {rank} 2 127.0.0.1 24567 x.yaml --a=b c" for rank in (0, 1)]
+    log = Path(programs["SRUN_LOG"]).read_text(encoding="utf-8")
+    assert ("scontrol requeue 1234567" in log) == requeued

@@ -1,0 +1,44 @@
+"""torch.compile for a model as a whole, or for its blocks one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+VARIANTS = 64
+"""Graphs that one piece of code may have, for bucket shapes, training and evaluation, student and teacher: beyond its
+own limit (8) torch goes on without compiling, and says so in a log only."""
+
+
+def compile_modules(modules: nn.ModuleDict, *, by_block: bool, **how: Any) -> int:
+    """Have the modules compiled when they first run.
+
+    Arguments
+    ---------
+    by_block : the innermost of each module's ``blocks()`` (a module without that method: as a whole). Layers of one
+        kind share a graph, which is made once instead of once a layer. What shards parameters works around the blocks,
+        outside of the graphs.
+    how : further arguments of `torch.compile`.
+
+    Returns
+    -------
+    How many pieces will be compiled.
+    """
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    pieces: list[nn.Module] = []
+    for module in modules.values():
+        blocks = module.blocks() if by_block and hasattr(module, "blocks") else [module]
+        pieces += [block for block in blocks if not any(_is_inside(other, block) for other in blocks)]
+    for piece in pieces:
+        if by_block:
+            # Not the call with its hooks: those gather the parameters, and give them back.
+            piece.forward = torch.compile(piece.forward, dynamic=False, **how)  # type: ignore[method-assign]
+        else:
+            piece.compile(dynamic=False, **how)
+    return len(pieces)
+
+
+def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:
+    return inner is not outer and any(module is inner for module in outer.modules())
