@@ -49,6 +49,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "ninja>=1.11",  # builds the device that the tests stand in for an accelerator
             "ruff>=0.12",
             "mypy>=1.15",
             "pre-commit>=4",

@@ -22,19 +22,13 @@ from toolkit.models.convert.read import KNOWN, read_pretrained
 from toolkit.models.convert.speechbrain import is_speechbrain
 from toolkit.models.convert.write import WRITERS, write_pretrained
 from toolkit.models.model_files import TEXT_KINDS, read_model_config
+from toolkit.training import device_report
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.checkpoint_format import CHECKSUMS_NAME, problem_of, read_state
-from toolkit.training.devices import device_table
 from toolkit.training.hparams import help_text
 
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
-
-
-def show_devices(arguments: argparse.Namespace) -> int:
-    """Print the device table: what is here, what each kind needs."""
-    print(device_table())
-    return 0
 
 
 def show_path(arguments: argparse.Namespace) -> int:
@@ -215,8 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m toolkit``."""
     parser = _Parser(prog="python -m toolkit", description="Look at devices, files and runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    devices = commands.add_parser("devices", help="which devices are here, and what the others need")
-    devices.set_defaults(run=show_devices)
+    devices = commands.add_parser("devices", help="which devices are here, how fast, and what the others need")
+    device_report.add_arguments(devices)
+    devices.set_defaults(run=device_report.run_command)
     inspect = commands.add_parser("inspect", help="what a model, checkpoint, run, manifest or YAML is")
     inspect.add_argument("path")
     inspect.set_defaults(run=show_path)

@@ -104,8 +104,18 @@ class CTCModel(nn.Module):
         return CTCOutput(log_probs, encoded.frame_lengths, encoded)
 
 
+OWN_CTC_LOSS = ("cpu", "cuda")
+"""The devices of which torch has a CTC loss of its own; others would pass it on to the host behind one's back."""
+
+
 def ctc_loss(
-    log_probs: Tensor, frame_lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, blank_id: int = 0
+    log_probs: Tensor,
+    frame_lengths: Tensor,
+    tokens: Tensor,
+    token_lengths: Tensor,
+    *,
+    blank_id: int = 0,
+    on_host: bool | None = None,
 ) -> tuple[Tensor, int]:
     """CTC loss summed over the batch, and the number of utterances to divide by.
 
@@ -119,7 +129,13 @@ def ctc_loss(
     tokens : (batch, longest) int64, padded with anything.
     token_lengths : (batch,) int64; 0 asks for silence.
     blank_id : index of the blank.
+    on_host : compute it on the host, whose gradient autograd carries back to the device; None: where torch has no
+        kernel of the device's own.
     """
+    device = log_probs.device
+    if device.type not in OWN_CTC_LOSS if on_host is None else on_host:
+        # The one place of a step that waits for the device: the host needs what it has computed.
+        log_probs, tokens = log_probs.float().cpu(), tokens.cpu()
     loss = F.ctc_loss(
         log_probs.transpose(0, 1),  # (frames, batch, vocabulary)
         tokens,
@@ -129,4 +145,4 @@ def ctc_loss(
         reduction="sum",
         zero_infinity=True,
     )
-    return loss, len(log_probs)
+    return loss.to(device), len(log_probs)

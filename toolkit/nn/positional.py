@@ -12,6 +12,9 @@ from toolkit.nn.fast.first_convolution import zero_padding
 from toolkit.nn.fast.linear import layer_norm
 from toolkit.nn.fast.positional import window_convolution
 
+FUSED_WEIGHT_NORM = ("cpu", "cuda", "mps")
+"""The devices of which torch has a fused weight norm; others would pass it on to the host behind one's back."""
+
 
 class PositionalBlock(nn.Module):
     """One grouped convolution: weight-normed (weight_g, weight_v) or plain (weight), and a bias."""
@@ -32,7 +35,9 @@ class PositionalBlock(nn.Module):
         """(dim, dim / groups, kernel): with weight norm, one length per tap."""
         if hasattr(self, "weight"):
             return self.weight
-        # torch's fused kernel, a third of the time of v * (g / v.square().sum((0, 1)).sqrt()), both ways
+        if self.weight_v.device.type not in FUSED_WEIGHT_NORM:
+            return self.weight_v * (self.weight_g / self.weight_v.square().sum((0, 1), keepdim=True).sqrt())
+        # torch's fused kernel, a third of the time of the formula, both ways
         return torch._weight_norm(self.weight_v, self.weight_g, 2)
 
 

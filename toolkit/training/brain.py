@@ -24,6 +24,7 @@ from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
+from toolkit.training.device_probe import FUSED_OPTIMIZER
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
@@ -170,7 +171,8 @@ class Brain:
         """The optimizer over ``self.modules``."""
         if self.opt_class is None:
             raise ConfigError("opt_class is missing; a Brain that trains needs one, such as torch.optim.AdamW.")
-        return build_optimizer(self.modules, self.opt_class, self.parameter_groups)
+        fused = not self.device_row.on_host(FUSED_OPTIMIZER)
+        return build_optimizer(self.modules, self.opt_class, self.parameter_groups, fused=fused)
 
     def batch_amount(self, batch: Any) -> tuple[float, float]:
         """What is in a batch on the host without padding and with it: seconds of audio, tokens, or else items."""
@@ -336,6 +338,7 @@ class Brain:
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
         wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
         finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+        self.device_row.mark_step()
         stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
         for name, amount, count in self._metrics:

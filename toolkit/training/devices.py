@@ -13,7 +13,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from toolkit.errors import DeviceError
+from toolkit.training import device_versions
 from toolkit.training.options import RunOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,23 +39,49 @@ LARGEST_PRODUCT_ERROR = 3e-6
 class DeviceKind:
     """One row of the device table.
 
-    ``backend`` is the collectives library, ``plugin`` the package that brings the device to torch, ``install`` what
-    to do where it is missing, ``precisions`` what autocast takes, ``scaled`` the precisions whose loss needs a
-    scaler, ``step_mark`` a ``module:function`` called after each step, ``host_operations`` those known to run on
-    the host, ``environment`` advice on variables. ``has_bf16`` asks the hardware.
+    Arguments
+    ---------
+    name : torch's device type.
+    title : whose hardware that is.
+    backend : the collectives library.
+    install : what to do where it is missing; {torch} stands for torch's release.
+    precisions : what autocast takes.
+    scaled : the precisions whose loss needs a scaler.
+    has_bf16 : asks the hardware.
+    plugin : the package that brings the device to torch. It is loaded by ``import torch`` (entry points of the group
+        ``torch.backends``; TORCH_DEVICE_BACKEND_AUTOLOAD=0 prevents it), or here by its name.
+    variant : what else the device is called, in builds of torch for another vendor's.
+    versions : name to version of what is installed for it, as far as it can be asked.
+    rounding, rounding_switches : the format to which float32 products may be rounded, and the attributes of torch
+        that switch it on; a run switches them off.
+    pin_memory : whether batches are copied faster from page-locked memory of the host.
+    step_mark : a ``module:function`` called after each backward pass and each update, ...
+    step_mark_if : ... where the environment has this NAME=VALUE.
+    static_shapes : whether every new shape costs a compilation.
+    float64 : whether it has that format.
+    probed : whether a run first tries which operators the device has (`toolkit.training.device_probe`).
+    host_operations : those expected to be missing, until it is tried.
+    environment : advice on variables.
     """
 
     name: str
+    title: str
     backend: str
     install: str
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
     scaled: tuple[str, ...] = ("fp16",)
-    plugin: str | None = None
     has_bf16: Callable[[], bool] = lambda: True
+    plugin: str | None = None
+    variant: Callable[[], str] = lambda: ""
+    versions: Callable[[], Mapping[str, str]] = lambda: {}
+    rounding: str = ""
+    rounding_switches: tuple[str, ...] = ()
     pin_memory: bool = False
+    step_mark: str | None = None
+    step_mark_if: str = ""
     static_shapes: bool = False
     float64: bool = True
-    step_mark: str | None = None
+    probed: bool = True
     host_operations: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
 
@@ -83,53 +110,78 @@ def _mps_has_bf16() -> bool:
     return version.isdigit() and int(version) >= 14
 
 
+def _rocm() -> str:
+    return "ROCm" if torch.version.hip else ""
+
+
 DEVICE_KINDS: tuple[DeviceKind, ...] = (
     DeviceKind(
         name="cpu",
+        title="the processor",
         backend="gloo",
         install="nothing to install",
         precisions=("fp32", "bf16"),
         has_bf16=_cpu_has_bf16,
+        probed=False,
     ),
     DeviceKind(
         name="cuda",
+        title="NVIDIA GPUs, and AMD's with a ROCm build of torch",
         backend="nccl",
         install="an NVIDIA driver and a CUDA build of torch, or an AMD driver and a ROCm build: see pytorch.org",
         has_bf16=_cuda_has_bf16,
+        variant=_rocm,
+        versions=device_versions.cuda_versions,
+        rounding="TF32",
+        rounding_switches=("backends.cuda.matmul.allow_tf32", "backends.cudnn.allow_tf32"),
         pin_memory=True,
+        probed=False,
     ),
     DeviceKind(
         name="npu",
+        title="Huawei Ascend",
         backend="hccl",
         install='Ascend CANN, then pip install "torch-npu=={torch}.*"',
-        plugin="torch_npu",
         has_bf16=_npu_has_bf16,
+        plugin="torch_npu",
+        versions=device_versions.npu_versions,
+        rounding="HF32",
+        rounding_switches=("npu.matmul.allow_hf32", "npu.conv.allow_hf32"),
         pin_memory=True,
         host_operations=("ctc_loss",),
         environment=("HCCL_CONNECT_TIMEOUT=1800", "TASK_QUEUE_ENABLE=1"),
     ),
     DeviceKind(
         name="hpu",
+        title="Intel Gaudi",
         backend="hccl",
         install="Intel Gaudi's own installer or container (habana-torch-plugin is not on the package index)",
         plugin="habana_frameworks.torch",
-        static_shapes=True,
+        versions=device_versions.hpu_versions,
         step_mark="habana_frameworks.torch.core:mark_step",
+        step_mark_if="PT_HPU_LAZY_MODE=1",
+        static_shapes=True,
         host_operations=("ctc_loss",),
         environment=("PT_HPU_LAZY_MODE=0",),
     ),
     DeviceKind(
         name="xpu",
+        title="Intel GPUs",
         backend="xccl",
         install="Intel's GPU driver and an XPU build of torch: see pytorch.org",
+        versions=device_versions.xpu_versions,
+        rounding="TF32",
+        rounding_switches=("backends.mkldnn.allow_tf32",),
         pin_memory=True,
         host_operations=("ctc_loss",),
     ),
     DeviceKind(
         name="mps",
+        title="Apple silicon",
         backend="gloo",
         install="macOS 14 or newer on Apple silicon with torch's own Mac build",
         has_bf16=_mps_has_bf16,
+        versions=device_versions.mps_versions,
         float64=False,
         host_operations=("ctc_loss",),
         environment=("PYTORCH_ENABLE_MPS_FALLBACK=1",),
@@ -150,6 +202,8 @@ def device_kind(name: str) -> DeviceKind:
 class Device:
     """A device that is there: its row and its torch device.
 
+    ``host_operations`` are the operators that it leaves to the host: the row's, until they were tried.
+
     Example
     -------
     >>> device = resolve_device("cpu")
@@ -159,6 +213,11 @@ class Device:
 
     kind: DeviceKind
     torch_device: torch.device
+    host_operations: tuple[str, ...] = ()
+
+    def on_host(self, operation: str) -> bool:
+        """Whether ``operation`` (``ctc_loss``, ...) is to be computed on the host on purpose."""
+        return operation in self.host_operations
 
     @property
     def type(self) -> str:
@@ -187,7 +246,9 @@ class Device:
             model = cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
             return f"cpu ({model})"
         ask = getattr(_module(self.type), "get_device_name", None)
-        return f"{self.torch_device}" + (f" ({ask(self.torch_device)})" if ask is not None else "")
+        words = [ask(self.torch_device) if ask is not None else "", self.kind.variant()]
+        known = ", ".join(word for word in words if word)
+        return f"{self.torch_device}" + (f" ({known})" if known else "")
 
     def resolve_precision(self, precision: str) -> str:
         """``fp32``, ``bf16`` or ``fp16`` for what was asked; ``auto`` takes bf16 where the hardware has it.
@@ -229,8 +290,9 @@ class Device:
             ask()
 
     def mark_step(self) -> None:
-        """Tell a device that collects operations that a step has ended."""
-        if self.kind.step_mark is not None:
+        """Tell a device that collects operations that these are all of a backward pass, or of an update."""
+        variable, _, value = self.kind.step_mark_if.partition("=")
+        if self.kind.step_mark is not None and os.environ.get(variable) == value:
             module, function = self.kind.step_mark.split(":")
             getattr(importlib.import_module(module), function)()
 
@@ -261,6 +323,11 @@ def _module(type_name: str) -> ModuleType | None:
     return getattr(torch, type_name, None)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of torch or of a plugin says first."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 def device_count(kind: DeviceKind) -> tuple[int, str]:
     """How many devices of this kind there are, and why none (a half sentence) when there is none."""
     if kind.name == "cpu":
@@ -269,7 +336,7 @@ def device_count(kind: DeviceKind) -> tuple[int, str]:
         try:
             importlib.import_module(kind.plugin)
         except PLUGIN_ERRORS as error:
-            return 0, f"{kind.plugin} cannot be imported ({str(error).splitlines()[0] if str(error) else error!r})"
+            return 0, f"{kind.plugin} cannot be imported ({first_line(error)})"
     module = _module(kind.name)
     if module is None:
         return 0, f"this build of torch has no torch.{kind.name}"
@@ -277,7 +344,7 @@ def device_count(kind: DeviceKind) -> tuple[int, str]:
         available = torch.backends.mps.is_available() if kind.name == "mps" else module.is_available()
         count = int(module.device_count()) if available else 0
     except PLUGIN_ERRORS as error:
-        return 0, f"its driver refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+        return 0, f"its driver refuses ({first_line(error)})"
     return count, "" if count else f"torch {torch.__version__} finds no such device"
 
 
@@ -314,7 +381,7 @@ def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
             f"{name} needs {install_words(kind)}."
         )
     if kind.name == "cpu":
-        return Device(kind, torch.device("cpu"))
+        return Device(kind, torch.device("cpu"), kind.host_operations)
     if number and local_rank and int(number) != local_rank:
         raise DeviceError(f"--device {wanted} names one device for several processes; write --device {name}.")
     index = int(number) if number else local_rank
@@ -326,7 +393,7 @@ def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
     module = _module(kind.name)
     if hasattr(module, "set_device"):
         module.set_device(index)
-    return Device(kind, torch.device(kind.name, index))
+    return Device(kind, torch.device(kind.name, index), kind.host_operations)
 
 
 def _accelerator_type() -> str:
@@ -358,19 +425,27 @@ def prepare_process(device: Device, options: RunOptions) -> list[str]:
         said.append(_exact_fast_products() if options.fast_products else "Products: left as they are, as asked.")
         if options.precision == "bf16" and not device.kind.has_bf16():
             said.append("Precision: this CPU has no bf16 products and emulates them slowly; fp32 may be faster.")
-    elif device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        said.append("Products: float32 stays float32 (TF32 off); --precision bf16 is the fast path.")
-    elif device.type == "npu":
-        for part in ("matmul", "conv"):
-            if hasattr(_module("npu"), part):
-                getattr(_module("npu"), part).allow_hf32 = False
-        said.append("Products: float32 stays float32 (HF32 off); --precision bf16 is the fast path.")
+    if device.kind.rounding:
+        said += _exact_products(device.kind)
     missing = [setting for setting in device.kind.environment if setting.split("=")[0] not in os.environ]
     if missing:
         said.append(f"Environment: {' '.join(missing)} is advised for {device.kind.name}.")
     return said
+
+
+def _exact_products(kind: DeviceKind) -> list[str]:
+    """Switch off that float32 products are rounded; says so where this torch has a switch."""
+    switched = False
+    for path in kind.rounding_switches:
+        *parts, name = path.split(".")
+        place: Any = torch
+        for part in parts:
+            place = getattr(place, part, None)
+        if hasattr(place, name):
+            setattr(place, name, False)
+            switched = True
+    off = f"Products: float32 stays float32 ({kind.rounding} off); --precision bf16 is the fast path."
+    return [off] if switched else []
 
 
 def _keep_memory() -> str:
@@ -409,20 +484,3 @@ def _exact_fast_products() -> str:
         settings.fp32_precision = before
         return f"Products: left to torch's own choice (oneDNN's float32 product was off by {error:.1e})."
     return f"Products: float32 by oneDNN, checked against float64 (error {error:.1e}; --fast_products False leaves it)."
-
-
-def device_table() -> str:
-    """The table that ``python -m toolkit devices`` prints."""
-    rows = [("device", "here", "precisions", "collectives", "remarks")]
-    for kind in DEVICE_KINDS:
-        count, reason = device_count(kind)
-        here = str(count) if count else "no"
-        able = [name for name in kind.precisions if not count or name != "bf16" or kind.has_bf16()]
-        remarks = Device(kind, torch.device(kind.name)).name if count else f"{reason}; needs {install_words(kind)}"
-        if count and kind.host_operations:
-            remarks += f"; on the host: {', '.join(kind.host_operations)}"
-        rows.append((kind.name, here, " ".join(able), kind.backend, remarks))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, [*widths, 0], strict=True)) for row in rows]
-    chosen = resolve_device("auto")
-    return "\n".join([*lines, "", f"auto means {chosen.name}, precision {chosen.resolve_precision('auto')}."])

@@ -76,6 +76,7 @@ from toolkit.training.brain import Brain
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.checkpoint_format import CHECKSUMS_NAME, present_folders
 from toolkit.training.context import RunContext
+from toolkit.training.device_probe import try_device
 from toolkit.training.devices import prepare_process, resolve_device
 from toolkit.training.distributed import environment_rank, init_world, run_on_main
 from toolkit.training.folders import FolderLock, open_output_folder, write_atomic
@@ -405,6 +406,8 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
     device = resolve_device(options.device, local_rank=environment_rank(options.local_rank)[1])
     device.resolve_precision(options.precision)
     said = prepare_process(device, options)
+    device, tried = try_device(device)
+    said += tried
     world = init_world(
         device,
         backend=options.distributed_backend,

@@ -72,6 +72,8 @@ def build_optimizer(
     modules: nn.Module,
     opt_class: Callable[..., torch.optim.Optimizer],
     groups: Sequence[ParameterGroup] = (),
+    *,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of ``modules``, fused where torch has it so.
 
@@ -80,6 +82,7 @@ def build_optimizer(
     modules : parameters with ``requires_grad`` False belong to no group and never move.
     opt_class : an optimizer class or a partial of one (``!name:torch.optim.AdamW`` with ``lr``, ``betas``, ...).
     groups : first fit counts; parameters that fit none form the last group with the optimizer's own settings.
+    fused : False for a device without the fused kernels, whose weights would all go to the host and back.
 
     Returns
     -------
@@ -121,7 +124,7 @@ def build_optimizer(
     if members[-1]:
         described.append({"params": members[-1], "name": "rest", "lr_factor": 1.0, "freeze_updates": 0})
     try:
-        optimizer = _fused_where_possible(opt_class)(described)
+        optimizer = (_fused_where_possible(opt_class) if fused else opt_class)(described)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         name = getattr(getattr(opt_class, "func", opt_class), "__name__", str(opt_class))
         raise ConfigError(f"opt_class: {name} cannot be made with these settings ({error}); correct them.") from error

@@ -38,7 +38,13 @@ class ASR(Brain):
 
     def compute_objectives(self, predictions: CTCOutput, batch: SpeechBatch, stage: Stage) -> Objective:
         """The sum over utterances; in validation and test also word and character errors."""
-        loss, count = ctc_loss(predictions.log_probs, predictions.frame_lengths, batch.tokens, batch.token_lengths)
+        loss, count = ctc_loss(
+            predictions.log_probs,
+            predictions.frame_lengths,
+            batch.tokens,
+            batch.token_lengths,
+            on_host=self.device_row.on_host("ctc_loss"),
+        )
         if stage is Stage.TRAIN:
             return Objective(loss, count)
         hypotheses = transcribe(predictions, self.tokenizer)

@@ -38,6 +38,19 @@ def test_loss_is_that_of_all_alignments():
     assert float(loss) == pytest.approx(float(expected), rel=1e-5) and count == 3
 
 
+@pytest.mark.parametrize("on_host", [None, True, False])
+def test_the_host_computes_in_float32_and_the_gradient_comes_back(on_host):
+    log_probs = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(2)).double().log_softmax(-1)
+    tokens, lengths, token_lengths = torch.tensor([[1, 3], [2, 0]]), torch.tensor([6, 5]), torch.tensor([2, 1])
+    log_probs.requires_grad_()
+    loss, _ = ctc_loss(log_probs, lengths, tokens, token_lengths, on_host=on_host)
+    assert loss.dtype == (torch.float32 if on_host else torch.float64)
+    (grad,) = torch.autograd.grad(loss, log_probs)
+    expected = ctc_loss(log_probs.detach().float().requires_grad_(), lengths, tokens, token_lengths)[0]
+    assert grad.dtype == torch.float64 and grad.any()
+    torch.testing.assert_close(loss.float(), expected, rtol=1e-6, atol=0)
+
+
 def test_frames_of_padding_do_not_count():
     log_probs = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     tokens, token_lengths = torch.tensor([[1, 3]]), torch.tensor([2])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from toolkit.nn import positional
 from toolkit.nn.positional import PositionalConv
 
 LENGTHS = torch.tensor([9, 5])
@@ -50,3 +51,17 @@ def test_full_batches_and_single_convolutions_are_the_same_either_way():
     assert torch.equal(one(x), other(x))
     (one, x), (other, _) = stack(True, depth=1), stack(False, depth=1)
     assert torch.equal(one(x, LENGTHS), other(x, LENGTHS))
+
+
+def test_the_weight_norm_written_out_is_torchs_fused_one(monkeypatch):
+    """The first runs on devices without a fused kernel."""
+    torch.manual_seed(3)
+    block = PositionalConv(8, kernel=5, groups=2).blocks[0]
+    results = []
+    for fused in (("cpu",), ()):
+        monkeypatch.setattr(positional, "FUSED_WEIGHT_NORM", fused)
+        weight = block.effective_weight()
+        results.append([weight, *torch.autograd.grad(weight.sin().sum(), [block.weight_v, block.weight_g])])
+    assert results[1][0].grad_fn.name() == "MulBackward0" != results[0][0].grad_fn.name()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import operator
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from toolkit.errors import DeviceError
 from toolkit.training import devices
-from toolkit.training.devices import DEVICE_KINDS, device_count, device_kind, device_table, resolve_device
+from toolkit.training.devices import DEVICE_KINDS, Device, device_count, device_kind, resolve_device
 from toolkit.training.options import RunOptions
 
 ABSENT = [kind.name for kind in DEVICE_KINDS if not device_count(kind)[0]]
@@ -27,6 +30,8 @@ def test_rows_are_complete():
     assert [kind.name for kind in DEVICE_KINDS] == ["cpu", "cuda", "npu", "hpu", "xpu", "mps"]
     for kind in DEVICE_KINDS:
         assert "fp32" in kind.precisions and set(kind.scaled) <= {"fp16"} and kind.install and kind.backend
+        assert kind.title and all(isinstance(version, str) for version in kind.versions().values())
+        assert all("=" in setting for setting in kind.environment)
 
 
 def test_cpu_device():
@@ -87,8 +92,6 @@ def test_precisions_that_are_not_to_be_had():
         resolve_device("cpu").resolve_precision("fp16")
     with pytest.raises(DeviceError, match="--precision 'fp8' is unknown; choose auto, fp32, bf16, fp16"):
         resolve_device("cpu").resolve_precision("fp8")
-    import dataclasses
-
     old = dataclasses.replace(device_kind("cuda"), has_bf16=lambda: False)
     device = devices.Device(old, torch.device("cuda", 0))
     assert device.resolve_precision("auto") == "fp32"
@@ -182,10 +185,56 @@ def test_slow_bf16_is_told(monkeypatch):
     assert "no bf16 products" in devices.prepare_process(resolve_device("cpu"), options)[-1]
 
 
-def test_the_table_has_a_line_for_each_kind():
-    lines = device_table().splitlines()
-    assert [line.split()[0] for line in lines[1:7]] == [kind.name for kind in DEVICE_KINDS]
-    assert lines[-1].startswith("auto means ")
+@pytest.mark.parametrize("name", ["cuda", "xpu"])
+def test_rounding_of_float32_products_is_switched_off(monkeypatch, name):
+    """By the paths in the row; a torch without them is left alone."""
+    kind = device_kind(name)
+    for path in kind.rounding_switches:
+        assert operator.attrgetter(path)(torch) in (None, True, False)
+    switches = types.SimpleNamespace(first=True)
+    monkeypatch.setattr(torch, "stand_in_switches", switches, raising=False)
+    row = dataclasses.replace(kind, rounding_switches=("stand_in_switches.first", "stand_in_switches.deeper.second"))
+    said = devices.prepare_process(Device(row, torch.device(name)), RunOptions())
+    assert said == ["Products: float32 stays float32 (TF32 off); --precision bf16 is the fast path."]
+    assert switches.first is False
+    row = dataclasses.replace(kind, rounding_switches=("no_such_place.allow_tf32",))
+    assert devices.prepare_process(Device(row, torch.device(name)), RunOptions()) == []
+
+
+def test_rocm_says_so(monkeypatch):
+    """A ROCm build calls its devices cuda; their name says what they are."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    device = Device(device_kind("cuda"), torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert device.name == "cuda:0 (AMD Instinct MI300X, ROCm)"
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert device.name == "cuda:0 (AMD Instinct MI300X)"
+
+
+MARKED = """
+import json, os, sys, types
+count = []
+core = types.ModuleType("habana_frameworks.torch.core")
+core.mark_step = lambda: count.append(1)
+for name in ("habana_frameworks", "habana_frameworks.torch"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules[core.__name__] = core
+import torch
+from toolkit.training.devices import Device, device_kind
+device = Device(device_kind("hpu"), torch.device("hpu"))
+marks = []
+for mode in (None, "0", "1"):
+    os.environ.pop("PT_HPU_LAZY_MODE", None)
+    if mode is not None:
+        os.environ["PT_HPU_LAZY_MODE"] = mode
+    device.mark_step()
+    marks.append(len(count))
+print(json.dumps(marks))
+"""
+
+
+def test_steps_are_marked_in_gaudis_lazy_mode_only():
+    assert in_fresh_process(MARKED) == [0, 0, 1]
 
 
 STAND_IN = """
@@ -205,7 +254,8 @@ module.matmul, module.conv = types.SimpleNamespace(allow_hf32=True), types.Simpl
 module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 torch._register_device_module("npu", module)
 from toolkit.errors import DeviceError
-from toolkit.training.devices import device_table, prepare_process, resolve_device
+from toolkit.training.device_report import device_table
+from toolkit.training.devices import prepare_process, resolve_device
 from toolkit.training.options import RunOptions
 device = resolve_device("npu", local_rank=1)
 said = prepare_process(device, RunOptions())
