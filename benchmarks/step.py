@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from step_variants import SIZES
 
@@ -35,17 +35,18 @@ WORDS = {
 class Variant:
     """A process of `step_variants.py` that makes one step when asked."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, errors: IO[str] | None = None) -> None:
         command = [sys.executable, str(HERE / "step_variants.py"), "--variant", name]
-        for key in ("size", "device", "precision", "batch", "seconds", "threads"):
-            value = getattr(options, key)
+        for key in ("size", "device", "precision", "batch", "seconds", "threads", "compile_mode", "parallel"):
+            value = getattr(options, key, None)
             command += [f"--{key}", str(value)] if value is not None else []
         self.name = name
         # What importing the toolkit sets before torch is loaded; a user's own process of the peer does without.
         waiting = {} if name == "peer" else {"GOMP_SPINCOUNT": "3000"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **waiting}
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={**os.environ, **waiting},
+        )  # fmt: skip
         self.about = self._read()
         self.steps: list[dict[str, float]] = []
 

@@ -20,10 +20,13 @@ import torch
 
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2Pretraining
 from toolkit.seeds import Randomness
-from toolkit.training.devices import Device, prepare_process, resolve_device
+from toolkit.training.compilation import compile_modules
+from toolkit.training.devices import DTYPES, Device, prepare_process, resolve_device
 from toolkit.training.distributed import World
-from toolkit.training.optim import build_optimizer
+from toolkit.training.optim import LossScale, build_optimizer
 from toolkit.training.options import RunOptions
+from toolkit.training.parallel import make_parallel
+from toolkit.training.profiling import profile_updates
 from toolkit.training.step import UpdateStep
 
 MAX_GRAD_NORM = 10.0
@@ -45,6 +48,8 @@ class Size:
     num_codes: int = 320
     final_dim: int = 256
     layerdrop: float = 0.05
+    large: bool = False
+    """LARGE's other settings: layer norm after each convolution, biases, norms before the blocks, no dropout."""
 
     def frames(self, samples: int) -> list[int]:
         """Frames after each convolution."""
@@ -73,6 +78,7 @@ class Size:
 
 SIZES = {
     "base": Size(),
+    "large": Size(dim=1024, num_layers=24, ffn_dim=4096, num_heads=16, final_dim=768, layerdrop=0.0, large=True),
     "tiny": Size(
         conv_layers=((32, 10, 5), (32, 8, 8), (32, 4, 4), (32, 2, 2)),
         dim=32,
@@ -90,8 +96,18 @@ SIZES = {
 class Ours:
     """A step of the toolkit as its recipes make it: forward, backward, guard, clipping, fused AdamW."""
 
-    def __init__(self, size: Size, device: Device, precision: str) -> None:
+    def __init__(
+        self, size: Size, device: Device, precision: str, *, compile_mode: str = "none", parallel: str = "ddp"
+    ) -> None:
+        drop = 0.0 if size.large else 0.1
         encoder = Wav2Vec2Encoder(
+            extractor_norm="layer" if size.large else "group",
+            conv_bias=size.large,
+            pre_norm=size.large,
+            dropout=drop,
+            attention_dropout=drop,
+            dropout_input=drop,
+            feature_grad_mult=1.0 if size.large else 0.1,
             conv_layers=size.conv_layers,
             dim=size.dim,
             num_layers=size.num_layers,
@@ -101,26 +117,37 @@ class Ours:
             pos_groups=size.pos_groups,
             layerdrop=size.layerdrop,
         )
-        model = Wav2Vec2Pretraining(encoder, num_codes=size.num_codes, final_dim=size.final_dim)
+        model = Wav2Vec2Pretraining(
+            encoder, num_codes=size.num_codes, final_dim=size.final_dim, dropout_features=drop,
+            penalty_weight=0.0 if size.large else 10.0,
+        )  # fmt: skip
         self.model = model.to(device.torch_device).train()
         self.device, self.precision = device, precision
+        modules = torch.nn.ModuleDict({"model": self.model})
+        sharing = make_parallel(parallel, modules, World(), device)
         optimizer = build_optimizer(self.model, functools.partial(torch.optim.AdamW, **OPTIMIZER))
-        self.step = UpdateStep(optimizer, World(), max_grad_norm=MAX_GRAD_NORM)
+        sharing.follow_frozen()
+        scale = LossScale(device.torch_device) if device.needs_scaler(precision) else None
+        self.step = UpdateStep(
+            optimizer, World(), max_grad_norm=MAX_GRAD_NORM, loss_scale=scale, parallel=sharing
+        )
+        if compile_mode != "none":
+            compile_modules(modules, by_block=True, mode=compile_mode)
         self.update = 0
 
-    def prepare(self, waveforms: torch.Tensor) -> Callable[[], float]:
-        """The step as a function that returns the loss in nats per masked frame; drawing masks is part of it."""
+    def prepare(self, waveforms: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The step as a function that returns the loss () in nats per masked frame; drawing masks is part of it."""
         return functools.partial(self._run, waveforms)
 
-    def _run(self, waveforms: torch.Tensor) -> float:
+    def _run(self, waveforms: torch.Tensor) -> torch.Tensor:
         rng = Randomness(1).child("update", self.update, 0)
         with self.device.autocast(self.precision):
             out = self.model(waveforms, None, rng=rng, update=self.update)
         self.step.backward(out.loss_sum)
-        count = torch.tensor(float(out.num_masked), device=waveforms.device)
+        count = torch.full((), float(out.num_masked), device=waveforms.device)
         result = self.step.finish(self.update, out.loss_sum.detach().float(), count).result
         self.update += 1
-        return float(result.loss_sum / result.count)
+        return result.loss_sum / result.count
 
 
 class Peer:
@@ -130,7 +157,9 @@ class Peer:
     the penalty on the features nor the factor on their gradient.
     """
 
-    def __init__(self, size: Size, device: Device, precision: str) -> None:
+    def __init__(
+        self, size: Size, device: Device, precision: str, *, compile_mode: str = "none", parallel: str = "ddp"
+    ) -> None:
         import transformers  # only this process needs it
 
         config = transformers.Wav2Vec2Config(
@@ -146,11 +175,14 @@ class Peer:
             num_codevectors_per_group=size.num_codes,
             codevector_dim=size.final_dim,
             proj_codevector_dim=size.final_dim,
-            hidden_dropout=0.1,
-            attention_dropout=0.1,
+            hidden_dropout=0.0 if size.large else 0.1,
+            attention_dropout=0.0 if size.large else 0.1,
             activation_dropout=0.0,
-            feat_proj_dropout=0.1,
-            feat_quantizer_dropout=0.1,
+            feat_proj_dropout=0.0 if size.large else 0.1,
+            feat_quantizer_dropout=0.0 if size.large else 0.1,
+            feat_extract_norm="layer" if size.large else "group",
+            conv_bias=size.large,
+            do_stable_layer_norm=size.large,
             layerdrop=size.layerdrop,
             mask_time_prob=0.65,
             attn_implementation="sdpa",
@@ -158,9 +190,12 @@ class Peer:
         self.model = transformers.Wav2Vec2ForPreTraining(config).to(device.torch_device).train()
         self.config, self.device, self.precision, self.size = config, device, precision, size
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **OPTIMIZER)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.needs_scaler(precision))
+        if compile_mode != "none":
+            self.model.compile(mode=compile_mode, dynamic=False)
 
-    def prepare(self, waveforms: torch.Tensor) -> Callable[[], float]:
-        """The step as a function that returns the loss in nats per masked frame, its masks and negatives drawn."""
+    def prepare(self, waveforms: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The step as a function that returns the loss () in nats per masked frame, its masks and negatives drawn."""
         from transformers.models.wav2vec2 import modeling_wav2vec2 as peer
 
         shape = (len(waveforms), self.size.frames(waveforms.shape[1])[-1])
@@ -169,19 +204,21 @@ class Peer:
         mask, negatives = (torch.as_tensor(t, device=waveforms.device) for t in (mask, negatives))
         return functools.partial(self._run, waveforms, mask, negatives, int(mask.sum()))
 
-    def _run(self, waveforms: torch.Tensor, mask: torch.Tensor, negatives: torch.Tensor, count: int) -> float:
+    def _run(self, waveforms: torch.Tensor, mask: torch.Tensor, negatives: torch.Tensor, count: int) -> torch.Tensor:
         with self.device.autocast(self.precision):
             loss = self.model(waveforms, mask_time_indices=mask.bool(), sampled_negative_indices=negatives).loss
-        (loss / count).backward()
+        self.scaler.scale(loss / count).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        return float(loss.detach()) / count
+        return loss.detach() / count
 
 
 def product_rate(device: Device, precision: str) -> float:
     """GFLOP per second of the model's largest kind of product (rows x 3072 x 768), the best of a few."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     rows = 1024 if device.type == "cpu" else 16384
     left = torch.randn(rows, 3072, device=device.torch_device, dtype=dtype)
     right = torch.randn(768, 3072, device=device.torch_device, dtype=dtype)
@@ -197,7 +234,7 @@ def product_rate(device: Device, precision: str) -> float:
 
 
 def main() -> None:
-    """Answer each line on standard input: `step`, `products`, or `profile N`."""
+    """Answer each line on standard input: `step`, `steps N`, `products`, or `profile N`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=["ours", "peer", "tuned_peer"], required=True)
     parser.add_argument("--size", choices=SIZES, required=True)
@@ -206,6 +243,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile_mode", default="none")
+    parser.add_argument("--parallel", default="ddp")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     options = RunOptions(
@@ -218,7 +257,10 @@ def main() -> None:
     said = prepare_process(device, options)
     torch.manual_seed(0)
     build = Ours if arguments.variant == "ours" else Peer
-    model = build(SIZES[arguments.size], device, arguments.precision)
+    model = build(
+        SIZES[arguments.size], device, arguments.precision,
+        compile_mode=arguments.compile_mode, parallel=arguments.parallel,
+    )  # fmt: skip
     waveforms = torch.randn(arguments.batch, round(arguments.seconds * 16000)).to(device.torch_device)
     print(json.dumps({"said": said, "device": device.name, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
@@ -226,37 +268,45 @@ def main() -> None:
         if command == "products":
             print(json.dumps({"gflops": product_rate(device, arguments.precision)}), flush=True)
         elif command == "profile":
-            _profile(model, waveforms, int(rest[0]))
+            print(json.dumps(_profile(model, waveforms, device, int(rest[0]))), flush=True)
         else:
-            print(json.dumps(_timed_step(model, waveforms, device)), flush=True)
+            steps = int(rest[0]) if command == "steps" else 1
+            print(json.dumps(_timed_steps(model, waveforms, device, steps)), flush=True)
 
 
-def _timed_step(model: Ours | Peer, waveforms: torch.Tensor, device: Device) -> dict[str, float]:
-    run = model.prepare(waveforms)
+def _timed_steps(model: Ours | Peer, waveforms: torch.Tensor, device: Device, steps: int) -> dict[str, float]:
+    """Means over some steps that nobody waits for in between, as in a run between two rows of its log."""
+    runs = [model.prepare(waveforms) for _ in range(steps)]
     device.synchronize()
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
-    loss = run()
+    for run in runs:
+        loss = run()
     device.synchronize()
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "wall": wall,
-        "user": after.ru_utime - before.ru_utime,
-        "kernel": after.ru_stime - before.ru_stime,
+        "wall": wall / steps,
+        "user": (after.ru_utime - before.ru_utime) / steps,
+        "kernel": (after.ru_stime - before.ru_stime) / steps,
         "peak_memory_gb": device.peak_memory_bytes() / 1e9,
-        "loss": loss,
+        "loss": float(loss),
     }
 
 
-def _profile(model: Ours | Peer, waveforms: torch.Tensor, steps: int) -> None:
-    """Print time by operator on standard error, then an empty JSON object."""
-    with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            model.prepare(waveforms)()
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60)
-    print(table, file=sys.stderr, flush=True)
-    print("{}", flush=True)
+def _profile(model: Ours | Peer, waveforms: torch.Tensor, device: Device, steps: int) -> dict[str, object]:
+    """Print time by operation on standard error; returns the three largest costs and how often the host waited."""
+    runs = iter([model.prepare(waveforms) for _ in range(steps)])
+    profile, _ = profile_updates(
+        lambda: next(runs)(), updates=steps, synchronize=device.synchronize, on_device=device.type != "cpu"
+    )
+    print(profile.table(), file=sys.stderr, flush=True)
+    return {
+        "step_ms": profile.milliseconds,
+        "busy": profile.busy,
+        "largest": profile.largest(3),
+        "host_waits_per_step": profile.waits,
+    }
 
 
 if __name__ == "__main__":

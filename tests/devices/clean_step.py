@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from functorch.compile import make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,7 +32,8 @@ from toolkit.models.data2vec import Data2VecAudio, Data2VecText
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2Pretraining
 from toolkit.pretraining import MaskedPretraining
-from toolkit.training.brain import Objective
+from toolkit.seeds import Randomness
+from toolkit.training.brain import Brain, Objective, Stage
 from toolkit.training.context import RunContext
 from toolkit.training.devices import resolve_device
 
@@ -122,7 +125,14 @@ class Batches:
                 yield SimpleNamespace(batch=batch, epoch=epoch, update=update, micro=micro, last=micro == 1, bad=())
 
 
-def make_brain(task: str, *, updates: int, precision: str = "fp32", on_update: Callable[[], None], compiled=False, **changes):
+def make_brain(
+    task: str,
+    *,
+    updates: int,
+    on_update: Callable[[], None] = lambda: None,
+    run_opts: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Brain:
     """The recipe's Brain on the device; nothing is logged before the end."""
     brain_class, build = TASKS[task]
 
@@ -135,39 +145,113 @@ def make_brain(task: str, *, updates: int, precision: str = "fp32", on_update: C
     return Watched(
         {"model": build(**changes)},
         functools.partial(torch.optim.AdamW, lr=1e-3),
-        run_opts={"max_updates": updates, "precision": precision, "log_interval": 1000, "max_grad_norm": 1.0,
-                  "compile": compiled, "device": DEVICE},
+        run_opts={"max_updates": updates, "log_interval": 1000, "max_grad_norm": 1.0, **(run_opts or {})},
         context=RunContext(device=resolve_device(DEVICE)),
-    )  # fmt: skip
+    )
 
 
 def steps() -> dict[str, Any]:
     """For each task: what waited in updates 2 to 4, and whether they made the same operations on the same shapes."""
     results = {}
-    for task, precision, changes in [
-        ("wav2vec2", "fp32", {}), ("wav2vec2", "bf16", {}), ("wav2vec2", "fp16", {"layerdrop": 0.4}),
-        ("data2vec_audio", "bf16", {}), ("ctc", "bf16", {}), ("data2vec_text", "bf16", {}),
+    for task, precision, layerdrop in [
+        ("wav2vec2", "fp32", 0.0), ("wav2vec2", "bf16", 0.0), ("wav2vec2", "fp16", 0.4),
+        ("data2vec_audio", "bf16", 0.0), ("ctc", "bf16", 0.0), ("data2vec_text", "bf16", 0.0),
     ]:  # fmt: skip
         watch, seen = DeviceWatch(DEVICE), []
-        brain = make_brain(task, updates=5, precision=precision, on_update=lambda: seen.append(watch.take()), **changes)
+        look = functools.partial(_look, watch, seen)
+        brain = make_brain(task, updates=5, on_update=look, run_opts={"precision": precision}, layerdrop=layerdrop)
         with watch:
             brain.fit(Batches(task))
         middle = seen[1:4]  # the first update makes the optimizer's state, the last one is logged
-        where = ""
-        for first, second in zip(middle[0][1], middle[1][1], strict=False):
-            if first != second:
-                where = f"{first} / {second}"
-                break
         results[f"{task} {precision}"] = {
             "waits": sorted({wait for waits, _ in middle for wait in waits}),
             "operations": [len(operations) for _, operations in middle],
             "same": all(operations == middle[0][1] for _, operations in middle),
-            "layerdrop": bool(changes),
-            "where": where,
+            "layerdrop": layerdrop,
         }
+    return results
+
+
+def _look(watch: DeviceWatch, seen: list[Any]) -> None:
+    seen.append(watch.take())
+
+
+def numbers() -> dict[str, Any]:
+    """Loss, gradients and metrics of a batch on the CPU and on the device, without dropout; the largest difference."""
+    results = {}
+    off = {"dropout": 0.0, "attention_dropout": 0.0}
+    for task in TASKS:
+        quiet = {} if task == "data2vec_text" else {"dropout_input": 0.0}
+        torch.manual_seed(0)
+        model = TASKS[task][1](**off, **quiet).train()
+        if hasattr(model, "dropout_features"):
+            model.dropout_features = 0.0
+        if hasattr(model, "final_dropout"):
+            model.final_dropout = 0.0
+        with torch.no_grad():  # scores that differ by more than rounding, so that no choice hangs on it
+            for name, parameter in model.named_parameters():
+                if "bias" not in name and "norm" not in name:
+                    parameter.mul_(3)
+        for bucket in range(2):
+            batch = batch_of(task, bucket, 5 + bucket)
+            here = _one_step(task, model.to("cpu"), batch)
+            there = _one_step(task, model.to(DEVICE), batch.to(DEVICE))
+            differences = {name: _relative(value, there[name]) for name, value in here.items()}
+            results[f"{task} {bucket}"] = {"compared": len(here), "largest": max(differences.values()),
+                                           "where": max(differences, key=differences.get)}  # fmt: skip
+    return results
+
+
+def _one_step(task: str, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    brain_class, _ = TASKS[task]
+    self = SimpleNamespace(modules=SimpleNamespace(model=model), rng=Randomness(3), update=1)
+    predictions = brain_class.compute_forward(self, batch, Stage.TRAIN)
+    objective = brain_class.compute_objectives(self, predictions, batch, Stage.TRAIN)
+    if task == "ctc":  # frames of padding mean nothing, and the two ways fill them differently
+        real = torch.arange(predictions.log_probs.shape[1])[None] < predictions.frame_lengths[:, None]
+        values = (predictions.log_probs[..., 1] * real.to(predictions.log_probs.device)).sum()
+        objective = Objective(values, objective.count)
+    model.zero_grad()
+    objective.loss_sum.backward()
+    found = {"loss": objective.loss_sum.detach(), "count": torch.as_tensor(float(objective.count))}
+    found |= {f"metric {name}": torch.as_tensor(value) / max(float(count), 1.0)
+              for name, (value, count) in objective.metrics.items()}  # fmt: skip
+    found |= {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().cpu().double().clone() for name, value in found.items()}
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / a.norm().clamp(min=1e-3))
+
+
+def graphs() -> dict[str, Any]:
+    """For each task: graphs by the update in which they were made, graph breaks, and kinds of block."""
+    made: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def forward(module: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+            made.append(brain.update)
+            return make_boxed_func(module.forward)
+
+        def backward(module: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+            return make_boxed_func(module.forward)
+
+        return aot_module_simplified(graph, inputs, fw_compiler=forward, bw_compiler=backward)
+
+    torch._dynamo.register_backend(counting, name="counting")
+    results = {}
+    for task in TASKS:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        made.clear()
+        options = {"precision": "bf16", "compile": True, "compile_backend": "counting"}
+        brain = make_brain(task, updates=4, run_opts=options, layerdrop=0.4)
+        brain.fit(Batches(task))
+        counters = torch._dynamo.utils.counters
+        results[task] = {"made": list(made), "breaks": dict(counters["graph_break"])}
     return results
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"steps": steps}[sys.argv[1]](), indent=1))
+    print(json.dumps({"steps": steps, "numbers": numbers, "graphs": graphs}[sys.argv[1]](), indent=1))

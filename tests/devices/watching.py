@@ -18,7 +18,8 @@ READS = {"_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"}
 """They give the host a number."""
 
 SHAPES_FROM_VALUES = {
-    "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc",
+    "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+    "bincount", "histc",
 }  # fmt: skip
 
 

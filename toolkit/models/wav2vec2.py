@@ -253,6 +253,8 @@ class Wav2Vec2Pretraining(nn.Module):
             if noise is None:
                 shape = (len(positions), self.quantizer.num_groups, self.quantizer.num_codes)
                 noise = draw_gumbel_noise(shape, rng.torch(device, "gumbel"))
+                if encoded.masked.order is not None:  # a frame's noise is the same however rows are filled up
+                    noise = noise.index_select(0, encoded.masked.order)
         quantized = self.quantizer(frames, update=update, noise=noise, weights=weights)
         targets = self.target_projection(quantized.vectors)
         predictions = self.final_projection(widened(encoded.features))
