@@ -37,7 +37,8 @@ class Variant:
 
     def __init__(self, name: str, options: argparse.Namespace, errors: IO[str] | None = None) -> None:
         command = [sys.executable, str(HERE / "step_variants.py"), "--variant", name]
-        for key in ("size", "device", "precision", "batch", "seconds", "threads", "compile_mode", "parallel"):
+        for key in ("size", "device", "precision", "batch", "seconds", "threads", "compile_mode", "parallel",
+                    "layerdrop"):  # fmt: skip
             value = getattr(options, key, None)
             command += [f"--{key}", str(value)] if value is not None else []
         self.name = name

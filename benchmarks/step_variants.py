@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile_mode", default="none")
     parser.add_argument("--parallel", default="ddp")
+    parser.add_argument("--layerdrop", type=float)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     options = RunOptions(
@@ -257,8 +258,11 @@ def main() -> None:
     said = prepare_process(device, options)
     torch.manual_seed(0)
     build = Ours if arguments.variant == "ours" else Peer
+    size = SIZES[arguments.size]
+    if arguments.layerdrop is not None:
+        size = replace(size, layerdrop=arguments.layerdrop)
     model = build(
-        SIZES[arguments.size], device, arguments.precision,
+        size, device, arguments.precision,
         compile_mode=arguments.compile_mode, parallel=arguments.parallel,
     )  # fmt: skip
     waveforms = torch.randn(arguments.batch, round(arguments.seconds * 16000)).to(device.torch_device)

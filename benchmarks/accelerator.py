@@ -1,7 +1,7 @@
 """Measure wav2vec 2.0 pretraining on one accelerator, in turn with transformers' model: one command, one file.
 
-    python benchmarks/cuda.py --output benchmarks/results/cuda.json
-    python benchmarks/cuda.py --smoke          # tiny sizes of every case on the CPU: does the script run?
+    python benchmarks/accelerator.py --output benchmarks/results/h200.json
+    python benchmarks/accelerator.py --smoke          # tiny sizes of every case on the CPU: does the script run?
 
 Cases come in order of importance and are saved one by one, so that a machine that is taken away leaves what was
 measured. Each side of a case is a process of `step_variants.py`: one that fails (out of memory, an operation that is
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +40,8 @@ DATA_SHEET_TFLOPS = (("H200", 989.0), ("H100", 989.0), ("A100", 312.0), ("L40S",
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: a size, a precision, how it is compiled and shared, the batch, and whether the peer runs."""
+    """One configuration: a size, a precision, how it is compiled and shared, the batch, and how the peer runs beside
+    it ("eager", as its users run it, "compiled", or "" for not at all)."""
 
     name: str
     size: str = "base"
@@ -49,7 +50,8 @@ class Case:
     parallel: str = "ddp"
     batch: int = 6
     seconds: float = 15.6
-    peer: bool = True
+    peer: str = "eager"
+    layerdrop: float | None = None  # None: the size's own
 
 
 # 6 x 15.6 s are a fairseq GPU's 1.4 M samples; with four times that, launches no longer decide.
@@ -58,19 +60,21 @@ CASES = (
     Case("base bf16 compiled", compile_mode="default"),
     Case("base bf16 compiled, large batch", compile_mode="default", batch=24),
     Case("large bf16 compiled", size="large", compile_mode="default", batch=4, seconds=20.0),
-    Case("base bf16 reduce-overhead", compile_mode="reduce-overhead", peer=False),
+    # CUDA graphs: with layerdrop each choice of layers would be recorded.
+    Case("base bf16 reduce-overhead", compile_mode="reduce-overhead", peer="", layerdrop=0.0),
     Case("large bf16", size="large", batch=4, seconds=20.0),
     Case("base fp16 with scale", precision="fp16"),
-    Case("base bf16 fsdp2", parallel="fsdp2", peer=False),
-    Case("base bf16 fsdp2 compiled", parallel="fsdp2", compile_mode="default", peer=False),
+    Case("base bf16 fsdp2", parallel="fsdp2", peer=""),
+    Case("base bf16 fsdp2 compiled", parallel="fsdp2", compile_mode="default", peer=""),
     Case("base fp32", precision="fp32"),
+    Case("base bf16, both compiled", compile_mode="default", peer="compiled"),
 )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cuda.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accelerator.json")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="limit for everything; cases that are left wait")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each case")
@@ -91,10 +95,16 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
         return cases
     # A CPU has no fp16 products, and inductor's start is most of a minute there.
     return [
-        Case(case.name, "tiny", "fp32" if case.precision == "fp16" else case.precision, "none", case.parallel, 2, 1.0,
-             case.peer)
+        replace(
+            case,
+            size="tiny",
+            precision="fp32" if case.precision == "fp16" else case.precision,
+            compile_mode="none",
+            batch=2,
+            seconds=1.0,
+        )
         for case in cases
-    ]  # fmt: skip
+    ]
 
 
 class Deadline:
@@ -124,6 +134,8 @@ class Side:
 
     def __init__(self, name: str, case: Case, options: argparse.Namespace, deadline: Deadline, folder: Path) -> None:
         values = {**asdict(case), "device": options.device, "threads": 1 if options.smoke else None}
+        if name == "peer" and case.peer == "eager":
+            values["compile_mode"] = "none"
         self.deadline = deadline
         self.error: str | None = None
         self.log: IO[str] = open(folder / f"{name}.log", "w+", encoding="utf-8")
@@ -197,7 +209,8 @@ def summary(case: Case, side: Side, profile: dict[str, Any] | None, rate: dict[s
     if not side.steps:
         return {"error": side.error}
     wall = statistics.median(step["wall"] for step in side.steps)
-    gflop = SIZES[case.size].gflop(case.batch, round(case.seconds * 16000))
+    size = SIZES[case.size] if case.layerdrop is None else replace(SIZES[case.size], layerdrop=case.layerdrop)
+    gflop = size.gflop(case.batch, round(case.seconds * 16000))
     out: dict[str, Any] = {
         "audio_seconds_per_second": case.batch * case.seconds / wall,
         "step_seconds": wall,
@@ -239,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     deadline = Deadline(60 * options.minutes)
     document: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/cuda.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["python", "benchmarks/accelerator.py", *(sys.argv[1:] if argv is None else argv)]),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "smoke": options.smoke,
