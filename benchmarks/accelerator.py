@@ -97,7 +97,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     return [
         replace(
             case,
-            size="tiny",
+            size="tiny_large" if case.size == "large" else "tiny",
             precision="fp32" if case.precision == "fp16" else case.precision,
             compile_mode="none",
             batch=2,

@@ -76,20 +76,23 @@ class Size:
         return batch * products * 2 * 3 / 1e9
 
 
+TINY = Size(
+    conv_layers=((32, 10, 5), (32, 8, 8), (32, 4, 4), (32, 2, 2)),
+    dim=32,
+    num_layers=2,
+    ffn_dim=64,
+    num_heads=2,
+    pos_kernel=16,
+    pos_groups=4,
+    num_codes=8,
+    final_dim=16,
+)
+
 SIZES = {
     "base": Size(),
     "large": Size(dim=1024, num_layers=24, ffn_dim=4096, num_heads=16, final_dim=768, layerdrop=0.0, large=True),
-    "tiny": Size(
-        conv_layers=((32, 10, 5), (32, 8, 8), (32, 4, 4), (32, 2, 2)),
-        dim=32,
-        num_layers=2,
-        ffn_dim=64,
-        num_heads=2,
-        pos_kernel=16,
-        pos_groups=4,
-        num_codes=8,
-        final_dim=16,
-    ),
+    "tiny": TINY,
+    "tiny_large": replace(TINY, large=True, layerdrop=0.0),
 }
 
 

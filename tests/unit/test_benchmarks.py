@@ -71,8 +71,9 @@ def test_what_a_checkpoint_costs(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> dict:
-    """`accelerator.py` on the CPU in tiny sizes."""
-    return run_smoke(tmp_path_factory.mktemp("smoke") / "smoke.json")
+    """`accelerator.py` on the CPU in tiny sizes: a case of each kind; all of them would take two minutes."""
+    kinds = ("large bf16 compiled", "reduce-overhead", "fsdp2 compiled")
+    return run_smoke(tmp_path_factory.mktemp("smoke") / "smoke.json", "--cases", *kinds)
 
 
 def run_smoke(output: Path, *arguments: str, **environment: str) -> dict:
@@ -85,9 +86,9 @@ def run_smoke(output: Path, *arguments: str, **environment: str) -> dict:
     return json.loads(output.read_text())
 
 
-def test_every_case_for_an_accelerator_runs_here_in_small(smoke):
+def test_cases_for_an_accelerator_run_here_in_small(smoke):
     names = [result["case"]["name"] for result in smoke["cases"]]
-    assert smoke["smoke"] and smoke["not_run"] == [] and len(names) == 11 and names[0] == "base bf16"
+    assert smoke["smoke"] and smoke["not_run"] == [] and len(names) == 3
     for result in smoke["cases"]:
         for name in ("ours", "peer") if result["case"]["peer"] else ("ours",):
             side = result[name]
