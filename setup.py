@@ -53,6 +53,7 @@ setup(
             "ruff>=0.12",
             "mypy>=1.15",
             "pre-commit>=4",
+            "webdataset>=1.0",  # reads the shards in a test
             *TENSORBOARD,
             *DEMO,
         ],

@@ -7,8 +7,8 @@ Cases come in order of importance and are saved one by one, so that a machine th
 measured. Each side of a case is a process of `step_variants.py`: one that fails (out of memory, an operation that is
 missing) is noted in its case, and the next case goes on. The audio is noise. A figure is the median over rounds; a
 round is some steps of ours, then as many of theirs, without a wait within. Peak memory is the allocator's. The use of
-the machine is our arithmetic (`Size.gflop`: products, forward and both backward directions) per second, over the rate
-of large products that the same process measured, and over the data sheet's where the card is known.
+the machine is our arithmetic (`SpeechSize.gflop`: products, forward and both backward directions) per second, over the
+rate of large products that the same process measured, and over the data sheet's where the card is known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import IO, Any
 
 import torch
 from step import Variant
-from step_variants import SIZES
+from step_models import WAV2VEC2_SIZES
 
 AIM = 6900.0
 """Audio seconds per second of BASE on an H200 that the project aims for."""
@@ -133,7 +133,8 @@ class Side:
     """One side of a case: its process, or a sentence on why there is none (any more)."""
 
     def __init__(self, name: str, case: Case, options: argparse.Namespace, deadline: Deadline, folder: Path) -> None:
-        values = {**asdict(case), "device": options.device, "threads": 1 if options.smoke else None}
+        values = {**asdict(case), "model": "w2v2", "length": 0, "device": options.device}
+        values["threads"] = 1 if options.smoke else None
         if name == "peer" and case.peer == "eager":
             values["compile_mode"] = "none"
         self.deadline = deadline
@@ -209,7 +210,9 @@ def summary(case: Case, side: Side, profile: dict[str, Any] | None, rate: dict[s
     if not side.steps:
         return {"error": side.error}
     wall = statistics.median(step["wall"] for step in side.steps)
-    size = SIZES[case.size] if case.layerdrop is None else replace(SIZES[case.size], layerdrop=case.layerdrop)
+    size = WAV2VEC2_SIZES[case.size]
+    if case.layerdrop is not None:
+        size = replace(size, layerdrop=case.layerdrop)
     gflop = size.gflop(case.batch, round(case.seconds * 16000))
     out: dict[str, Any] = {
         "audio_seconds_per_second": case.batch * case.seconds / wall,
@@ -257,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cuda": torch.version.cuda,
         "smoke": options.smoke,
         "aim_audio_seconds_per_second": AIM,
-        "gflop_per_audio_second": SIZES["base"].gflop(1, 250000) / 15.625,
+        "gflop_per_audio_second": WAV2VEC2_SIZES["base"].gflop(1, 250000) / 15.625,
         "cases": [],
         "not_run": [],
     }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_variants import SIZES, Ours
+from step_models import WAV2VEC2_SIZES, OurWav2Vec2
 
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.devices import resolve_device
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--size", choices=WAV2VEC2_SIZES, default="base")
     parser.add_argument("--batch", type=int, default=2, help="utterances in the batch")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each utterance")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind that are measured")
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(1)
-    ours = Ours(SIZES[options.size], device, options.precision)
+    ours = OurWav2Vec2(WAV2VEC2_SIZES[options.size], device, options.precision)
     step = ours.prepare(torch.randn(options.batch, round(options.seconds * RATE)).to(device.torch_device))
     checkpointer = Checkpointer(folder)
     checkpointer.add("model", ours.model)

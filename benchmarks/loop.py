@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from step_variants import SIZES, Ours
+from step_models import WAV2VEC2_SIZES, OurWav2Vec2
 
 from toolkit.pretraining import MaskedPretraining, pretrain
 from toolkit.training.devices import resolve_device
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each crop")
     parser.add_argument("--updates", type=int, default=12, help="measured updates")
     parser.add_argument("--warmup", type=int, default=2, help="updates before, not measured")
-    parser.add_argument("--size", choices=SIZES, default="base", help="sizes of the bare step")
+    parser.add_argument("--size", choices=WAV2VEC2_SIZES, default="base", help="sizes of the bare step")
     parser.add_argument("recipe", nargs="*", help="further arguments of the recipe, after --")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results")
     return parser.parse_args(argv)
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         """The recipe's Brain, with a bare step after each update."""
 
         def on_fit_start(self) -> None:
-            bare = Ours(SIZES[options.size], resolve_device(options.device), options.precision)
+            bare = OurWav2Vec2(WAV2VEC2_SIZES[options.size], resolve_device(options.device), options.precision)
             waveforms = torch.randn(options.batch, round(options.seconds * RATE))
             self.bare = bare.prepare(waveforms.to(self.device))
             self.started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from toolkit import curves
-from toolkit.data import manifest_command
+from toolkit.data import manifest_command, shards_command
 from toolkit.data.manifest import read_manifest
 from toolkit.errors import CheckpointError, ConfigError, run_main
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference
@@ -225,6 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser("manifest", help="write a manifest as another kind, fairseq's among them")
     manifest_command.add_arguments(manifest)
     manifest.set_defaults(run=manifest_command.run_command)
+    shards = commands.add_parser("shards", help="pack a manifest's audio into tar shards, or check them")
+    shards_command.add_arguments(shards)
+    shards.set_defaults(run=shards_command.run_command)
     drawing = commands.add_parser("curves", help="draw a run's metrics.jsonl as a picture and a table")
     curves.add_arguments(drawing)
     drawing.set_defaults(run=curves.run_command)

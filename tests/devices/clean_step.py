@@ -106,7 +106,8 @@ def batch_of(task: str, bucket: int, seed: int) -> Any:
     """A batch of one of two shapes; what is in it differs with the seed."""
     if task == "data2vec_text":
         return text_batch((24, 40)[bucket], seed)
-    return speech_batch((1200, 1700)[bucket], seed, full=task != "ctc")
+    # One batch of transcribed speech has no padding, which must not make a difference.
+    return speech_batch((1200, 1700)[bucket], seed, full=task != "ctc" or seed == 4)
 
 
 class Batches:

@@ -1,12 +1,17 @@
 """The benchmarks run and say what they promise; what they measure is not looked at."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+from toolkit.training.devices import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"ours", "peer", "ratio", "tuned_peer", "tuned_ratio", "unit", "precision", "peak_memory_gb"}
@@ -29,21 +34,72 @@ def test_last_line_is_the_result():
     assert "transformers, as installed" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "unit"),
+    [
+        ("data2vec_audio", "data2vec on transformers, as installed", "audio seconds per second"),
+        ("data2vec_text", "transformers' masked LM, as installed", "tokens per second"),
+    ],
+)
+def test_data2vec_beside_its_peers(model, words, unit):
+    done = run("--model", model, "--length", "40", "--rounds", "1", "--warmup", "0", "--threads", "1")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["model"], result["unit"]) == (model, unit) and words in done.stdout
+    for key in ("ours", "peer", "tuned_peer", "ratio", "tuned_ratio", "peak_memory_gb", "peer_peak_memory_gb"):
+        assert result[key] > 0
+
+
 def test_without_a_peer():
     result = json.loads(run("--peer", "none", "--rounds", "1", "--warmup", "0").stdout.splitlines()[-1])
     assert result["ours"] > 0 and result["peer"] is None and result["ratio"] is None
 
 
-def test_work_of_base():
+@pytest.fixture
+def models(monkeypatch) -> ModuleType:
+    """The modules of the steps, which lie beside the script that imports them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("step_data2vec")
+
+
+def test_work_of_base(models):
     """Counted by hand, without layerdrop: 14.7 GFLOP a second for the convolutions, 29.7 for the rest at 499 frames."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from step_variants import Size
-    finally:
-        sys.path.pop(0)
-    assert Size(layerdrop=0.0).gflop(1, 160000) / 10 == pytest.approx(44.4, rel=0.005)
+    speech = models.SpeechSize(layerdrop=0.0)
+    assert speech.gflop(1, 160000) / 10 == pytest.approx(44.4, rel=0.005)
     # In the paper's crops of 15.6 s attention has more to do.
-    assert Size(layerdrop=0.0).gflop(1, 250000) / 15.625 == pytest.approx(46.0, rel=0.005)
+    assert speech.gflop(1, 250000) / 15.625 == pytest.approx(46.0, rel=0.005)
+    # The teacher's pass is a third of the rest; 7.08 M multiplications a token and layer, and 0.79 M of attention.
+    taught = models.SpeechSize(layerdrop=0.0, teacher=True)
+    assert taught.gflop(1, 160000) / 10 == pytest.approx(44.4 + 29.7 / 3, rel=0.005)
+    assert models.TextSize().gflop(2, 512) == pytest.approx(2 * 512 * 12 * (7.08e6 + 0.79e6) * 8 / 1e9, rel=0.005)
+
+
+def test_the_plain_data2vec_is_data2vec(models):
+    """It learns at the masked frames alone, from a teacher that moves towards the student and is given no gradient."""
+    device = resolve_device("cpu")
+    torch.manual_seed(0)
+    peer = models.PeerData2VecAudio(models.DATA2VEC_AUDIO_SIZES["tiny"], device, "fp32")
+    waveforms = torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))
+    before = [parameter.clone() for parameter in peer.teacher.parameters()]
+    losses = [float(peer.prepare(waveforms)()) for _ in range(8)]
+    assert all(parameter.grad is None for parameter in peer.teacher.parameters())
+    students = list(peer.model.encoder.encoder.parameters())
+    # 8 moves by a thousandth of the way each: far less than the student went
+    for own, first, student in zip(peer.teacher.parameters(), before, students, strict=True):
+        way, moved = (student - first).abs().max().item(), (own - first).abs().max().item()
+        assert 0 < moved < 0.01 * way
+    # channels of unit variance, summed and divided by the root of their number: sqrt(32) where nothing is known
+    assert losses[0] == pytest.approx(32**0.5, rel=0.5) and losses[-1] < losses[0]
+
+
+def test_both_sides_of_text_hide_the_same_tokens(models):
+    device, size = resolve_device("cpu"), models.TEXT_SIZES["tiny"]
+    ours, peer = (kind(size, device, "fp32") for kind in (models.OurData2VecText, models.PeerMaskedLM))
+    tokens = torch.randint(4, size.vocab_size - 1, (2, 64), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        (shown, whole), (_, source, labels) = ours.prepare(tokens).args, peer.prepare(tokens).args
+        hidden = shown == size.vocab_size - 1
+        assert torch.equal(shown, source) and torch.equal(whole, tokens) and 20 <= hidden.sum() <= 60
+        assert torch.equal(labels, tokens.masked_fill(~hidden, -100))
 
 
 def test_the_loop_of_the_recipe_beside_the_bare_step():
@@ -54,6 +110,23 @@ def test_the_loop_of_the_recipe_beside_the_bare_step():
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["walls"]["loop"]) == len(result["walls"]["step"]) == 2
     assert result["loop"] > 0 and result["step"] > 0 and 0 < result["share"]
+
+
+def test_the_loader_from_files_and_shards_beside_the_peer():
+    corpus = ROOT / "tests" / "fixtures" / "librispeech_tiny" / "dev-clean"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "loader.py"), "--data_folder", str(corpus), "--rounds", "1",
+               "--utterances", "12", "--rows", "3000", "--workers", "0", "1", "--batch_seconds", "16"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["throughput"]) == {f"{mode}, {count} workers" for mode in ("pad", "crop") for count in (0, 1)}
+    for ways in result["throughput"].values():
+        assert set(ways) == {"loose", "shards", "pcm", "torch_dataloader"}
+        # The same audio goes through all of them; crops of the peer are of the same length.
+        totals = [way["audio_seconds_per_second"] * way["walls"][0] for way in ways.values()]
+        assert max(totals) < 1.2 * min(totals)
+    for which in ("ours", "torch_dataloader"):
+        assert result["large"][which]["seconds_to_first_batch"] > 0 and result["large"][which]["node_growth_mb"] > 0
 
 
 def test_what_a_checkpoint_costs(tmp_path):

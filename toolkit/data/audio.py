@@ -1,4 +1,4 @@
-"""Read audio: whole files or parts of them, any rate and number of channels, plain files or entries of a stored zip.
+"""Read audio: whole files or parts of them, any rate and channels, plain files or entries of a stored zip or a tar.
 
 Everything comes out as mono float32 at the rate asked for. libsndfile (through soundfile) decodes WAV, FLAC, Ogg
 Vorbis, Opus, MP3 and more; soxr changes the rate.
@@ -18,6 +18,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from toolkit.data.pcm import PcmReader
+from toolkit.data.tar_format import BLOCK, entry_size
 from toolkit.errors import AudioError
 
 __all__ = ["AudioFile", "AudioInfo", "audio_info", "normalize_waveform", "read_audio"]
@@ -37,8 +39,11 @@ NO_SEEK = ("MP3", "MPEG")
 ZIP_ENTRY = re.compile(r"(?P<archive>.+\.zip):(?P<offset>\d{1,31}):(?P<length>\d{1,31})", re.IGNORECASE | re.DOTALL)
 """fairseq's name for an uncompressed entry of a zip archive: where its bytes begin, and how many there are."""
 
-ZIP_BUFFER = 1 << 16
-"""Bytes of a zip entry read at once."""
+ENTRY = re.compile(ZIP_ENTRY.pattern.replace("zip", "(?:zip|tar)"), ZIP_ENTRY.flags)
+"""The same for a tar too, as shards are; of these the entry's header is checked, which stands before its bytes."""
+
+ENTRY_BUFFER = 1 << 16
+"""Bytes of an entry read at once."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class AudioFile:
 
     Arguments
     ---------
-    path : a file, or fairseq's ``archive.zip:OFFSET:LENGTH``, an uncompressed entry of a zip by its bytes.
+    path : a file, or fairseq's ``archive.zip:OFFSET:LENGTH``, an uncompressed entry of a zip by its bytes, or a shard's
+        ``shard.tar:OFFSET:LENGTH``.
 
     Raises
     ------
@@ -91,15 +97,18 @@ class AudioFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        source: str | BinaryIO | None = None
+        self._source: BinaryIO | None = None
+        self._file: soundfile.SoundFile | PcmReader | None = None
         try:
-            source = _source(self.path)
-            self._file = soundfile.SoundFile(source)
+            self._source = open_entry(self.path)
+            if self._source is not None:
+                self._file = PcmReader.of(self._source.raw, self._source.raw.length)  # type: ignore[attr-defined]
+            if self._file is None:
+                self._file = soundfile.SoundFile(self.path if self._source is None else self._source)
         except (RuntimeError, TypeError, OSError, OverflowError) as error:
-            if source is not None and not isinstance(source, str):
-                source.close()
+            if self._source is not None:
+                self._source.close()
             raise AudioError(_why_not_opened(self.path)) from error
-        self._source = source
         self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
         if self.info.num_samples == 0:
             self.close()
@@ -119,8 +128,13 @@ class AudioFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        if not isinstance(self._source, str):
+        if self._source is not None:
             self._source.close()
+
+    @property
+    def format(self) -> str:
+        """The container by libsndfile's name: "FLAC", "WAV", "OGG", "MP3", ..."""
+        return self._file.format
 
     def read(self, *, sample_rate: int | None = None, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """Decode a part: mean over the channels, resampled to ``sample_rate``.
@@ -222,7 +236,7 @@ class FileWindow(io.RawIOBase):
         super().__init__()
         self._bytes = open(path, "rb", buffering=0)
         self._offset, self._place = offset, 0
-        self._length = max(0, min(length, os.fstat(self._bytes.fileno()).st_size - offset))
+        self.length = max(0, min(length, os.fstat(self._bytes.fileno()).st_size - offset))
 
     def readable(self) -> bool:
         """Yes."""
@@ -234,13 +248,18 @@ class FileWindow(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a byte; returns which."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.length}[whence]
         self._place = max(0, base + offset)
         return self._place
 
+    def before(self, count: int) -> bytes:
+        """The file's ``count`` bytes before the window, fewer where there are not so many."""
+        self._bytes.seek(max(0, self._offset - count))
+        return self._bytes.read(min(count, self._offset))
+
     def readinto(self, buffer: bytearray | memoryview) -> int:
         """Fill the buffer as far as there are bytes; returns how many."""
-        wanted = min(len(buffer), self._length - self._place)
+        wanted = min(len(buffer), self.length - self._place)
         if wanted <= 0:
             return 0
         self._bytes.seek(self._offset + self._place)
@@ -255,18 +274,32 @@ class FileWindow(io.RawIOBase):
         super().close()
 
 
-def _source(path: str) -> str | BinaryIO:
-    """What soundfile opens: the path, or a window on a zip entry, of which only what is wanted is read."""
-    entry = ZIP_ENTRY.fullmatch(path)
+def open_entry(path: str) -> io.BufferedReader | None:
+    """A window on a zip's or tar's entry, of which only what is wanted is read; None for a file of its own.
+
+    Raises
+    ------
+    AudioError : the header of a tar's entry does not stand before it, or says another size.
+    OSError : the archive cannot be opened.
+    """
+    entry = ENTRY.fullmatch(path)
     if entry is None or os.path.exists(path):
-        return path
-    window = FileWindow(entry["archive"], int(entry["offset"]), int(entry["length"]))
-    return io.BufferedReader(window, ZIP_BUFFER)  # type: ignore[return-value]
+        return None
+    length = int(entry["length"])
+    window = FileWindow(entry["archive"], int(entry["offset"]), length)
+    is_tar = entry["archive"][-4:].lower() == ".tar"
+    if is_tar and (window.length != length or entry_size(window.before(BLOCK)) != length):
+        window.close()
+        raise AudioError(
+            f"{path} is no entry of the shard, or one of another size; write the shards and their manifest again, or "
+            "copy them again if this happened on the way."
+        )
+    return io.BufferedReader(window, ENTRY_BUFFER)
 
 
 def _why_not_opened(path: str) -> str:
     """The sentence for a file that soundfile could not open."""
-    entry = ZIP_ENTRY.fullmatch(path)
+    entry = ENTRY.fullmatch(path)
     file = entry["archive"] if entry and not os.path.exists(path) else path
     if not os.path.exists(file):
         return f"{file} does not exist; check the paths in the manifest and the data folder."

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import numpy as np
 
-from toolkit.data.audio import ZIP_ENTRY, audio_info
+from toolkit.data.audio import ENTRY, ZIP_ENTRY, audio_info
 from toolkit.data.formats import PathResolver, read_text
 from toolkit.data.table import Manifest, ManifestBuilder, shortened
 from toolkit.errors import AudioError, ManifestError
@@ -85,7 +85,7 @@ def fairseq_lines(
 
     Raises
     ------
-    ManifestError : a file is not under the root.
+    ManifestError : a file is not under the root, or stands in a tar.
     """
     rate = sample_rate or manifest.sample_rate or FAIRSEQ_RATE
     wavs = list(manifest.column("wav"))
@@ -95,6 +95,12 @@ def fairseq_lines(
     if outside is not None:
         raise ManifestError(
             f"{path} cannot name {outside}, which is not under its root {root}; give another data_root."
+        )
+    packed = next((wav for wav in wavs if ENTRY.fullmatch(wav) and not ZIP_ENTRY.fullmatch(wav)), None)
+    if packed is not None:
+        raise ManifestError(
+            f"{path} cannot name {packed}, an entry of a tar, which fairseq does not read; convert the manifest of the "
+            "loose files."
         )
     frames = np.rint(manifest.durations * rate).astype(np.int64)
     lines = [f"{wav.removeprefix(inside)}\t{count}" for wav, count in zip(wavs, frames, strict=True)]

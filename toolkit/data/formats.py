@@ -1,4 +1,7 @@
-"""Readers of the manifest kinds: CSV, JSON, JSON lines and tab-separated tables; fairseq's tsv has its own module."""
+"""Readers of the manifest kinds: CSV, JSON, JSON lines and tab-separated tables; fairseq's tsv has its own module.
+
+A row names its audio by ``wav``, or by shard, offset and size as ``toolkit.data.shards`` writes them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from toolkit.data.table import DATA_COLUMNS, Manifest, ManifestBuilder
+from toolkit.data.shard_rows import SHARD_COLUMNS, ShardFolder
+from toolkit.data.table import DATA_COLUMNS, Manifest, ManifestBuilder, shortened
 from toolkit.errors import ManifestError
 
 ALIASES = {
@@ -41,6 +45,7 @@ class PathResolver:
 
     def __init__(self, folder: str, replacements: Mapping[str, str] | None) -> None:
         self.folder = os.path.abspath(folder)
+        self.shards = ShardFolder(self.folder)
         # A replacement is relative to where the command runs, not to the manifest.
         self.replacements = {name: os.path.abspath(value) for name, value in (replacements or {}).items()}
 
@@ -70,7 +75,7 @@ def read_table(file: TextIO, name: str, resolve: PathResolver, delimiter: str) -
             raise ManifestError(f"{name}, line 1: the column {twice[0]!r} comes twice; give each column its own name.")
         header = canonical_names(header)
         _check_separator(header, delimiter, name)
-        builder = ManifestBuilder(header, name)
+        builder = ManifestBuilder(_data_columns(header), name)
         for fields in reader:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
                 continue
@@ -159,7 +164,7 @@ def _read_objects(rows: Iterable[tuple[str | int, Any]], name: str, resolve: Pat
         if builder is None:
             names = canonical_names(list(row))
             renamed = dict(zip(row, names, strict=True))
-            builder = ManifestBuilder(names, name)
+            builder = ManifestBuilder(_data_columns(names), name)
         try:
             texts = {renamed.get(key, key): _text_of(value) for key, value in row.items()}
         except RecursionError as error:
@@ -182,11 +187,21 @@ def canonical_names(names: list[str]) -> list[str]:
     return [new or old for old, new in renamed.items()]
 
 
+def _data_columns(names: list[str]) -> list[str]:
+    """The columns that the manifest will have: wav in place of shard, offset and size."""
+    if "wav" in names or not all(name in names for name in SHARD_COLUMNS):
+        return names
+    return ["wav" if name == "shard" else name for name in names if name not in SHARD_COLUMNS[1:]]
+
+
 def add_row(builder: ManifestBuilder, row: dict[str, Any], place: str | int, resolve: PathResolver) -> None:
     """Add ``row`` to ``builder`` with its path made real."""
     if str(row.get("wav") or "").strip():
         where = place if isinstance(place, str) else f"line {place}"
         row["wav"] = resolve(str(row["wav"]), f"{builder.source}, {where}")
+    elif "wav" not in row and "shard" in row and "shard" not in builder.columns:
+        where = place if isinstance(place, str) else f"line {place}"
+        row["wav"] = resolve.shards.entry(row, f"{builder.source}, {where} (utterance {shortened(str(row.get('ID')))})")
     builder.add(row, place)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,13 @@ class IndexedText:
             if low < 0 or high >= vocab_size:
                 raise self.wrong_id(low if low < 0 else high, vocab_size, dictionary)
 
+    def line_id(self, item: int) -> str:
+        """Where an item stands: "train:17" (from 1)."""
+        return f"{self.prefix.name}:{item + 1}"
+
     def wrong_id(self, token: int, vocab_size: int, dictionary: str | os.PathLike[str]) -> TokenError:
         """The error about a token that the dictionary does not have."""
-        return TokenError(
-            f"{self.token_path} holds the token id {token}, but {dictionary} has {vocab_size} entries (special ones "
-            "included); the two do not belong together: take the dict.txt that was written with the .bin."
-        )
+        return _wrong_id(str(self.token_path), token, vocab_size, dictionary)
 
     def fingerprint(self) -> str:
         """Tells one text from another: all sizes, and a sample of the tokens (hexadecimal)."""
@@ -133,6 +135,56 @@ class IndexedText:
                 "copy both files again, or prepare the text again."
             )
         return wanted // width
+
+
+class JoinedText:
+    """Several texts one behind the other, read as if they were one: the pieces train, train1, train2 of a part.
+
+    Arguments
+    ---------
+    pieces : at least one.
+    """
+
+    def __init__(self, pieces: Sequence[IndexedText]) -> None:
+        self.pieces, self.prefix = list(pieces), pieces[0].prefix
+        self.sizes: np.ndarray = np.concatenate([piece.sizes for piece in pieces])
+        # Where each piece begins, and the whole ends.
+        self._tokens_before = np.cumsum([0, *(piece.num_tokens for piece in pieces)])
+        self._items_before = np.cumsum([0, *(len(piece) for piece in pieces)])
+        self.num_tokens = int(self._tokens_before[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JoinedText, (self.pieces,)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """(end - start,) int64, tokens by their place in the whole; a range may cross from one piece into the next."""
+        begins = self._tokens_before[:-1].tolist()
+        ranges = ((piece, start - begin, end - begin) for piece, begin in zip(self.pieces, begins, strict=True))
+        parts = [piece.tokens(max(0, low), high) for piece, low, high in ranges if high > 0 and low < piece.num_tokens]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+    def check_ids(self, vocab_size: int, dictionary: str | os.PathLike[str]) -> None:
+        """As of each piece."""
+        for piece in self.pieces:
+            piece.check_ids(vocab_size, dictionary)
+
+    def line_id(self, item: int) -> str:
+        """Where an item stands: "train1:17" (from 1)."""
+        number = int(np.searchsorted(self._items_before, item, side="right")) - 1
+        return self.pieces[number].line_id(item - int(self._items_before[number]))
+
+    def wrong_id(self, token: int, vocab_size: int, dictionary: str | os.PathLike[str]) -> TokenError:
+        """The error about a token that the dictionary does not have."""
+        others = ", ".join(piece.token_path.name for piece in self.pieces[1:])
+        return _wrong_id(f"{self.pieces[0].token_path} (or {others})", token, vocab_size, dictionary)
+
+    def fingerprint(self) -> str:
+        """Tells one text from another (hexadecimal)."""
+        content = "".join(piece.fingerprint() for piece in self.pieces)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class IndexedTextWriter:
@@ -246,6 +298,13 @@ def _checked_header(path: Path) -> tuple[np.dtype, int]:
             "that fairseq-preprocess or wikitext_prepare.py wrote."
         )
     return np.dtype(TYPES[code]), int(items)
+
+
+def _wrong_id(path: str, token: int, vocab_size: int, dictionary: str | os.PathLike[str]) -> TokenError:
+    return TokenError(
+        f"{path} holds the token id {token}, but {dictionary} has {vocab_size} entries (special ones included); the "
+        "two do not belong together: take the dict.txt that was written with the .bin."
+    )
 
 
 def _truncated(path: Path, size: int, wanted: int) -> TokenError:

@@ -6,6 +6,7 @@ out, named and counted, up to a stated share of the dataset.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,12 @@ __all__ = ["Loader", "MicroBatch", "SpeechBatch", "collate_speech"]
 
 PREFETCH = 4
 """Micro-batches that each worker prepares ahead."""
+
+M_MMAP_THRESHOLD = -3
+"""mallopt's number for the size from which glibc takes a block from the system and gives it back when it is freed."""
+
+LARGE_BLOCK = 1 << 20
+"""Bytes of such a block in a worker: batches, not single utterances."""
 
 NAMED = 5
 """Bad utterances that the error message quotes in full."""
@@ -230,6 +237,7 @@ class Loader:
             pin_memory=self._pin_memory,
             prefetch_factor=PREFETCH,
             multiprocessing_context=_worker_context(),
+            worker_init_fn=_give_memory_back,
         )
         self._stream = iter(loader)
 
@@ -243,7 +251,7 @@ class Loader:
             self._stream = None
             raise TrainingError(
                 "a loader worker was killed, most likely because memory (or shared memory, /dev/shm) ran out; lower "
-                "num_workers or batch_seconds, and run the same command again to resume."
+                "num_workers or the batch (batch_seconds, batch_tokens), and run the same command again to resume."
             ) from error
         if isinstance(made, _Failure):
             self.close()
@@ -331,6 +339,19 @@ class _Stream(TorchSampler):
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+def _give_memory_back(worker: int) -> None:
+    """Let a worker return each batch's memory to the system at once.
+
+    glibc learns from the first batch to keep blocks of that size, and then holds hundreds of megabytes in each worker.
+    """
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # a system without it
+        return
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _worker_context() -> Any:

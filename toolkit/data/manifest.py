@@ -172,7 +172,7 @@ def write_manifest(
         placeholder = None if data_root is None else ("$data_root" if kind == ".csv" else "{data_root}")
         root = None if data_root is None else os.path.abspath(data_root)
         rows = (_portable(manifest.row(index), root, placeholder) for index in range(len(manifest)))
-        with _whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             if kind == ".csv":
                 writer = csv.DictWriter(file, manifest.columns, lineterminator="\n")
                 writer.writeheader()
@@ -198,12 +198,12 @@ def _write_fairseq(
     texts = fairseq_lines(path, manifest, data_root, sample_rate)
     # The tsv last: it is what readers look for.
     for file, rows in reversed(texts.items()):
-        with _whole_file(file) as temporary:
+        with whole_file(file) as temporary:
             temporary.write_bytes("".join(f"{row}\n" for row in rows).encode())
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary neighbour that takes the name ``path`` when its writing has ended well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -212,7 +212,7 @@ class ManifestBuilder:
     """
 
     def __init__(self, columns: Sequence[str], source: str) -> None:
-        self.source = source
+        self.source, self.columns = source, tuple(columns)
         missing = [name for name in DATA_COLUMNS if name not in columns]
         if missing:
             raise ManifestError(

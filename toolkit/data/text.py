@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.data.indexed_text import IndexedText
+from toolkit.data.indexed_text import IndexedText, JoinedText
 from toolkit.data.text_blocks import Blocks, locate, make_blocks
 from toolkit.data.text_dictionary import DICT_FILE, TextDictionary
 from toolkit.data.text_masks import TextMasking, fairseq_generator
@@ -66,7 +66,7 @@ class TextBlocks:
 
     Arguments
     ---------
-    text : the part's lines.
+    text : the part's lines, in one file or in several.
     dictionary : what the ids mean.
     tokens_per_sample : tokens of a block at most, ``<s>`` counted.
     break_mode, cut_long : see :func:`~toolkit.data.text_blocks.make_blocks`.
@@ -74,8 +74,9 @@ class TextBlocks:
     fairseq_masks : draw the masks that fairseq draws for (seed, epoch, block); they agree where its blocks do, which
         takes ``cut_long`` False.
 
-    Masks are a function of (seed, epoch, block): a resumed run draws those that it would have drawn, and a
-    validation (always epoch 0) draws the same ones each time.
+    Masks are a function of (seed, epoch, block), which names a block's turn as (update, micro-batch, item) would, since
+    it comes once an epoch, and unlike those stays the same with another batch size or number of ranks. A resumed run
+    draws those that it would have drawn, and a validation (always epoch 0) draws the same ones each time.
 
     Raises
     ------
@@ -85,7 +86,7 @@ class TextBlocks:
 
     def __init__(
         self,
-        text: IndexedText,
+        text: IndexedText | JoinedText,
         dictionary: TextDictionary,
         *,
         tokens_per_sample: int = 512,
@@ -120,7 +121,7 @@ class TextBlocks:
     def block_id(self, row: int) -> str:
         """Part and line (from 1) in which a block begins, and how many tokens into it."""
         line, offset = self._first[row].tolist()
-        return f"{self.name}:{line + 1}" + (f"+{offset}" if offset else "")
+        return self.text.line_id(line) + (f"+{offset}" if offset else "")
 
     def tokens(self, row: int) -> np.ndarray:
         """(length,) int64 of one block, ``<s>`` first.
@@ -131,7 +132,8 @@ class TextBlocks:
         """
         own = self.text.tokens(int(self.blocks.starts[row]), int(self.blocks.ends[row]))
         if len(own) and not 0 <= int(own.min()) <= int(own.max()) < len(self.dictionary):
-            raise self.text.wrong_id(int(own.max()), len(self.dictionary), DICT_FILE)
+            error = self.text.wrong_id(int(own.max()), len(self.dictionary), DICT_FILE)
+            raise TokenError(f"{self.block_id(row)}: {error}")
         return np.concatenate([[BEGIN], own])
 
     def load(self, row: int, *, epoch: int, crop_samples: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -143,7 +145,10 @@ class TextBlocks:
                 rng = fairseq_generator(seed, epoch + 1, row)
             else:
                 rng = Randomness(seed).numpy("text mask", epoch, row)
-            item["source"], item["chosen"] = self.masking(tokens, rng)
+            try:
+                item["source"], item["chosen"] = self.masking(tokens, rng)
+            except TokenError as error:
+                raise TokenError(f"{item['id']}: {error}") from error
         return item
 
 
@@ -168,12 +173,21 @@ def collate_text(items: Sequence[Mapping[str, Any]], *, samples: int | None = No
     )
 
 
-def open_text(folder: str | Path, parts: Sequence[str]) -> tuple[TextDictionary, dict[str, IndexedText]]:
+def open_text(
+    folder: str | Path, parts: Sequence[str], *, joined: Sequence[str] = ()
+) -> tuple[TextDictionary, dict[str, IndexedText | JoinedText]]:
     """The dictionary of a prepared folder, and the text of each of ``parts`` ("train", "valid", ...).
+
+    Arguments
+    ---------
+    folder : holds dict.txt and PART.idx, PART.bin.
+    parts : names of texts.
+    joined : those of them that go on in PART1, PART2, ... as one text; fairseq reads its training part so, and no
+        other.
 
     Raises
     ------
-    TokenError : there is no such folder or part, or a file is damaged.
+    TokenError : there is no such folder or part, a file is damaged, or one of several is missing.
     """
     folder = Path(folder)
     if not (folder / DICT_FILE).is_file():
@@ -181,17 +195,30 @@ def open_text(folder: str | Path, parts: Sequence[str]) -> tuple[TextDictionary,
             f"{folder} has no {DICT_FILE}; give the folder that fairseq-preprocess or wikitext_prepare.py wrote."
         )
     dictionary = TextDictionary.from_file(folder / DICT_FILE)
+    texts: dict[str, IndexedText | JoinedText] = {}
     for part in parts:
-        shards = [path.name for path in folder.glob(f"{part}[0-9]*.idx") if path.stem.removeprefix(part).isdigit()]
-        if shards:
-            raise TokenError(
-                f"{folder} has {', '.join(sorted(shards))} beside {part}.idx: a part in several pieces is not read; "
-                "prepare it as one."
-            )
         if not (folder / f"{part}.idx").is_file():
             there = ", ".join(sorted(path.stem for path in folder.glob("*.idx"))) or "none"
             raise TokenError(f"{folder} has no part {part!r} ({part}.idx); it has {there}.")
-    return dictionary, {part: IndexedText(folder / part) for part in parts}
+        pieces = [IndexedText(folder / name) for name in _piece_names(folder, part, part in joined)]
+        texts[part] = pieces[0] if len(pieces) == 1 else JoinedText(pieces)
+    return dictionary, texts
+
+
+def _piece_names(folder: Path, part: str, joined: bool) -> list[str]:
+    """Names of the texts that make up ``part``, in order; TokenError where one is missing between others."""
+    if not joined:
+        return [part]
+    ends = (path.stem.removeprefix(part) for path in folder.glob(f"{part}[1-9]*.idx"))
+    numbers = sorted(int(end) for end in ends if end.isdecimal())
+    for wanted, number in enumerate(numbers, start=1):
+        if number != wanted:
+            # fairseq would end before the gap, and train on less without a word.
+            raise TokenError(
+                f"{folder} has {part}{number}.idx and no {part}{wanted}.idx; copy the missing piece, or move those "
+                "behind it away."
+            )
+    return [part, *(f"{part}{number}" for number in numbers)]
 
 
 def _padded(rows: Sequence[np.ndarray], length: int, fill: int, dtype: type) -> Tensor:

@@ -69,7 +69,7 @@ class RunOptions:
     fast_products: bool = _option(True, "CPU: float32 products by oneDNN where they are checked to be exact.")
     max_grad_norm: float | None = _option(None, "Clip the gradient to this norm over all groups; null: off.")
     nonfinite_patience: int = _option(10, "End after so many updates in a row whose loss or gradient is not finite.")
-    max_bad_share: float = _option(0.01, "Share of utterances with unreadable audio that is tolerated (0..1).")
+    max_bad_share: float = _option(0.01, "Speech: share of utterances with unreadable audio that is tolerated (0..1).")
     log_interval: int = _option(50, "Updates between two rows of the log.")
     valid_interval_updates: int | None = _option(None, "Updates between two validations; null: at each epoch's end.")
     ckpt_interval_minutes: float | None = _option(15.0, "Minutes between two checkpoints; null: off.")

@@ -70,7 +70,7 @@ def read_parts(experiment: Experiment) -> tuple[TextDictionary, TextBlocks | Non
         dictionary=hparams["dict"],
         say=experiment.say,
     )
-    dictionary, texts = open_text(folder, list(dict.fromkeys([*train, *valid, *tests])))
+    dictionary, texts = open_text(folder, list(dict.fromkeys([*train, *valid, *tests])), joined=train)
     masking = TextMasking(
         mask_id=dictionary.mask_id,
         vocab_size=dictionary.vocab_size,

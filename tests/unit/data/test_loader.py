@@ -268,7 +268,7 @@ def test_a_killed_worker_is_told(make_corpus):
         list(loader.epoch(0))
     assert str(caught.value) == (
         "a loader worker was killed, most likely because memory (or shared memory, /dev/shm) ran out; lower "
-        "num_workers or batch_seconds, and run the same command again to resume."
+        "num_workers or the batch (batch_seconds, batch_tokens), and run the same command again to resume."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit.data.indexed_text import IndexedText, IndexedTextWriter, JoinedText
 from toolkit.data.loader import Loader
 from toolkit.data.sampler import BucketSampler
 from toolkit.data.text import TextBlocks, collate_text, open_text
@@ -110,8 +112,79 @@ def test_a_dictionary_of_another_text_is_refused(tmp_path):
 def test_ids_are_checked_as_they_are_read_too():
     blocks = blocks_of()
     blocks.dictionary = TextDictionary(["a"])
-    with pytest.raises(TokenError, match=r"train\.bin holds the token id \d+, but dict\.txt has 5 entries"):
+    with pytest.raises(TokenError, match=r"^train:4: .*train\.bin holds the token id \d+, but dict\.txt has 5 entries"):
+        blocks.tokens(1)
+
+
+def test_the_masks_id_in_a_text_is_told_with_its_line():
+    blocks = blocks_of(break_mode="eos")
+    blocks.masking = TextMasking(mask_id=int(blocks.tokens(3)[2]), vocab_size=4042)
+    with pytest.raises(TokenError, match=r"^train:4: the text holds the mask's id \d+ as a token; "):
+        blocks.load(3, epoch=0)
+
+
+# ---- a part in several pieces ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces(tmp_path) -> Path:
+    """The training text in four pieces, one of them empty, and a second one for validation."""
+    whole, folder = IndexedText(TEXT / "bin_own" / "train"), tmp_path / "pieces"
+    shutil.copytree(TEXT / "bin_own", folder)
+    bounds = [0, 100, 101, 101, len(whole)]
+    for name, first, end in zip(("train", "train1", "train2", "train3"), bounds, bounds[1:], strict=False):
+        with IndexedTextWriter(folder / name, "<u2") as writer:
+            for item in range(first, end):
+                writer.add(whole[item], whole.sizes[item : item + 1])
+    for end in ("bin", "idx"):
+        shutil.copy(folder / f"valid.{end}", folder / f"valid1.{end}")
+    return folder
+
+
+@pytest.mark.parametrize("break_mode", ["complete_doc", "none"])
+def test_pieces_are_one_text_as_in_fairseq(pieces, break_mode):
+    dictionary, texts = open_text(pieces, ["train", "valid"], joined=["train"])
+    whole = blocks_of(break_mode=break_mode)
+    joined = TextBlocks(
+        texts["train"], dictionary, masking=whole.masking, tokens_per_sample=128, break_mode=break_mode
+    )
+    assert joined.report() == whole.report() and len(joined) == len(whole)
+    for row in range(len(whole)):
+        ours, theirs = joined.load(row, epoch=0), whole.load(row, epoch=0)
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ("tokens", "source", "chosen"))
+    # fairseq reads a further valid1 only by its own name
+    assert len(texts["valid"]) == len(IndexedText(TEXT / "bin_own" / "valid"))
+
+
+def test_a_line_of_a_piece_is_named_by_its_piece(pieces):
+    joined = open_text(pieces, ["train"], joined=["train"])[1]["train"]
+    assert [joined.line_id(item) for item in (0, 99, 100, 101, 102)] == [
+        "train:1", "train:100", "train1:1", "train3:1", "train3:2",
+    ]  # fmt: skip
+
+
+def test_pieces_travel_to_workers_and_are_told_apart(pieces):
+    _, texts = open_text(pieces, ["train"], joined=["train"])
+    again = pickle.loads(pickle.dumps(texts["train"]))
+    assert again.fingerprint() == texts["train"].fingerprint() != IndexedText(pieces / "train").fingerprint()
+    assert np.array_equal(again.tokens(0, 20000), texts["train"].tokens(0, 20000))
+    assert again.num_tokens == 23671
+
+
+def test_bad_pieces(pieces):
+    _, texts = open_text(pieces, ["train"], joined=["train"])
+    with pytest.raises(TokenError, match=r"train3\.bin holds the token id \d+, but dict\.txt has 100 entries"):
+        TextBlocks(JoinedText(texts["train"].pieces[2:]), TextDictionary([f"w{n}" for n in range(96)]))
+    blocks = TextBlocks(texts["train"], blocks_of().dictionary)
+    blocks.dictionary = TextDictionary(["a"])
+    with pytest.raises(TokenError, match=r"train\.bin \(or train1\.bin, train2\.bin, train3\.bin\) holds the token id"):
         blocks.tokens(0)
+    (pieces / "train2.idx").unlink()
+    with pytest.raises(TokenError) as error:
+        open_text(pieces, ["train"], joined=["train"])
+    assert str(error.value) == (
+        f"{pieces} has train3.idx and no train2.idx; copy the missing piece, or move those behind it away."
+    )
 
 
 def test_bad_folders(tmp_path):
@@ -123,13 +196,6 @@ def test_bad_folders(tmp_path):
     with pytest.raises(TokenError) as error:
         open_text(TEXT / "bin_own", ["dev"])
     assert str(error.value) == f"{TEXT / 'bin_own'} has no part 'dev' (dev.idx); it has test, train, valid."
-    folder = Path(shutil.copytree(TEXT / "bin_own", tmp_path / "shards"))
-    (folder / "train1.idx").write_bytes(b"")
-    with pytest.raises(TokenError) as error:
-        open_text(folder, ["train"])
-    assert str(error.value) == (
-        f"{folder} has train1.idx beside train.idx: a part in several pieces is not read; prepare it as one."
-    )
     with pytest.raises(ConfigError, match=r"^tokens_per_sample is 1, expected a whole number of 2 or more\.$"):
         blocks_of(tokens_per_sample=1)
 
