@@ -187,13 +187,13 @@ class MaskedFrames:
         slots = found // frames * capacity + within
         positions = np.repeat(np.arange(batch) * frames, capacity)
         positions[slots] = found
-        weights = np.zeros(batch * capacity, dtype=np.float32)
-        weights[slots] = 1
+        counted = np.zeros(batch * capacity, dtype=bool)
+        counted[slots] = True
         order = np.zeros(batch * capacity, dtype=np.int64)
         order[slots] = np.arange(len(found))
-        arrays = (positions, weights, order, host)
-        positions, weights, order, on_device = (to_device(torch.from_numpy(array), device) for array in arrays)
-        return cls(host, tuple(counts.tolist()), positions, weights, slots, order, on_device)
+        arrays = (positions, counted, order, host)
+        positions, counted, order, on_device = (to_device(torch.from_numpy(array), device) for array in arrays)
+        return cls(host, tuple(counts.tolist()), positions, counted.float(), slots, order, on_device)
 
     @property
     def row_counts(self) -> tuple[int, ...]:
