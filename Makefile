@@ -1,7 +1,7 @@
 # make demo   the main job on a small synthetic corpus, from nothing to a word error rate (10 minutes)
 # make test   all tests                        make lint   ruff, and the test of the floors
 # make venv   only the environment             make bench  the pretraining step against its peer and its loop
-# make faults only the tests of interruptions and broken inputs
+# make faults 50 kills and every other fault, counted (10 minutes); FAULTS_ARGS="--kills 200 --json report.json"
 # make distributed  several processes against one: every model, ddp and fsdp2, 2 and 4 processes
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13):        make venv PYTHON=python3.12
@@ -17,6 +17,7 @@ TEST_WORKERS ?= 2
 TEST_ARGS    ?=
 DEMO_ARGS    ?=
 BENCH_ARGS   ?=
+FAULTS_ARGS  ?=
 
 VENV_PYTHON = .venv/bin/python
 PIP         = $(VENV_PYTHON) -m pip install -q --disable-pip-version-check
@@ -36,7 +37,7 @@ lint: .venv/.ready
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/unit/test_floors.py
 
 faults: .venv/.ready
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/faults $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tests.faults.suite $(FAULTS_ARGS)
 
 distributed: .venv/.ready
 	OMP_NUM_THREADS=1 DISTRIBUTED_MATRIX=whole $(VENV_PYTHON) -m pytest -q -s tests/distributed $(TEST_ARGS)

@@ -60,6 +60,14 @@ class TrainingError(ToolkitError, RuntimeError):
     """Training cannot go on: losses not finite, too much bad audio, no data."""
 
 
+class DivergenceError(TrainingError):
+    """Training itself has gone wrong (losses not finite, constant targets): as it stands it is not worth keeping."""
+
+
+class WorkerError(TrainingError):
+    """A process that loads ahead has died."""
+
+
 def describe_os_error(error: OSError) -> str:
     """One sentence for an operating system error, with the path and what to do."""
     where = f" {error.filename!r}" if error.filename else ""
@@ -89,14 +97,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in words or "out of memory" in words)
 
 
-def describe_out_of_memory(error: BaseException) -> str:
-    """One sentence for an error that `is_out_of_memory`, with what to do."""
+def describe_out_of_memory(error: BaseException, *, batch: str = "") -> str:
+    """One sentence for an error that `is_out_of_memory`, with what to do; ``batch`` says what was worked on.
+
+    Example
+    -------
+    >>> describe_out_of_memory(MemoryError(), batch="a batch of 2 utterances")[:53]
+    'memory ran out at a batch of 2 utterances (MemoryErro'
+    """
     first = next(iter(str(error).strip().splitlines()), "")
     first = re.sub(r"^\[enforce fail [^]]*\].*?(?=DefaultCPUAllocator)", "", first)
     # torch goes on about the whole device, and about settings of its allocator.
     first = re.split(r"\.\s+(?=GPU |Of the |Error code|If )", first)[0].rstrip(".")
+    where = f" at {batch}" if batch else ""
     return (
-        f"memory ran out ({first or type(error).__name__}); lower batch_seconds or batch_tokens "
+        f"memory ran out{where} ({first or type(error).__name__}); lower batch_seconds or batch_tokens "
         "(effective_batch may stay), set gradient_checkpointing to True where the YAML has it, or end what else uses "
         "the memory."
     )

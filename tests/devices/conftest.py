@@ -81,7 +81,7 @@ def outcome(shared: Path, standin: dict[str, str]) -> Callable[[str], dict[str, 
 
     def ask(name: str) -> dict[str, Any]:
         result = results[name]
-        assert result["code"] in (0, 75), result["stderr"][-4000:]
+        assert result["code"] in (0, 75), result["log"][-4000:]
         return {**result, "folder": folder / name.removesuffix("_resumed")}
 
     return ask

@@ -2,6 +2,9 @@
 
 A job is {"script", "words", "stop", "watch"}: what a person would type, the update before which the run gets SIGTERM
 (or null), and whether its steps are watched. A result is how it ended and what `Watch` saw.
+
+Gumbel noise is drawn by rows, of which an accelerator has more than the CPU (`toolkit.nn.masking.MaskedFrames`). Here
+all rows get the same row of noise, so that both compute the same.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.faults.real_runs import run_here
+from toolkit.models import wav2vec2
 from toolkit.training.brain import Brain
 from toolkit.training.step import UpdateStep
 
@@ -64,7 +68,7 @@ class Watch(TorchDispatchMode):
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """One run; the fall-backs are those inside of steps and updates."""
     watch, fallbacks = Watch(), set()
-    forward, finish = Brain.fit_batch, UpdateStep.finish
+    forward, finish, draw = Brain.fit_batch, UpdateStep.finish, wav2vec2.draw_gumbel_noise
 
     def watched(call: Any, *arguments: Any) -> Any:
         torch.ops.npu_standin.take_fallbacks()  # those of the probe are none of the step's
@@ -79,11 +83,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         watched(forward, self, micro)
 
     Brain.fit_batch, UpdateStep.finish = fit_batch, lambda *arguments: watched(finish, *arguments)
+    wav2vec2.draw_gumbel_noise = lambda shape, generator: draw((1, *shape[1:]), generator).expand(shape)
     try:
         ended = run_here(Path(job["script"]), job["words"])
     finally:
-        Brain.fit_batch, UpdateStep.finish = forward, finish
-    return {"code": ended.code, "stdout": ended.stdout, "stderr": ended.stderr, "fallbacks": sorted(fallbacks),
+        Brain.fit_batch, UpdateStep.finish, wav2vec2.draw_gumbel_noise = forward, finish, draw
+    return {"code": ended.code, "log": ended.stderr, "fallbacks": sorted(fallbacks),
             **watch.as_dict()}  # fmt: skip
 
 

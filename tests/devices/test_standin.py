@@ -21,17 +21,20 @@ from tests.faults.real_runs import PRETRAINING, TEMPLATE, command_line, digits_w
 
 LOSS_TOLERANCE = 1e-5
 """Relative. On the CPU the packed, batched forms of toolkit.nn.fast run, on other devices the plain formulas over
-padded batches: the same sums in another order. Seen: 4e-7."""
-NORM_TOLERANCE = 2e-4
-"""Relative, of gradient norms, which are sums over many more terms. Seen: 6e-5."""
+padded batches: the same sums in another order. Seen: 7e-7."""
+NORM_TOLERANCE, LATER_NORM_TOLERANCE = 2e-5, 2e-3
+"""Relative, of gradient norms: in the first update, and when Adam, which divides by a gradient's own size, has turned
+differences of rounding in the smallest ones into steps. Seen: 9e-6 and 6e-4."""
 BF16_TOLERANCE = 1e-2
-"""Relative, between bfloat16 (8 bits) and float32. Seen: 4e-4."""
+"""Relative, between bfloat16 (8 bits) and float32. Seen: 2e-3."""
 
 HOST_INTEGERS = {
-    "sum", "max", "min", "clamp", "eq", "all", "lift_fresh", "sub", "add", "floor_divide", "lt", "any", "full",
-    "_local_scalar_dense", "is_pinned",
+    "sum", "max", "min", "clamp", "eq", "all", "sub", "add", "floor_divide", "lt", "any", "full", "new_zeros",
+    "index_put_", "_local_scalar_dense",
 }  # fmt: skip
-"""Arithmetic of lengths (int64, bool), which the host needs itself; masks and negatives come from NumPy."""
+"""Arithmetic of lengths and of the places of negatives (int64, bool), which the host makes itself."""
+HOST_COPIES = {"lift_fresh", "is_pinned"}
+"""What comes from NumPy on its way to the device."""
 HOST_CTC = {
     "_ctc_loss float32", "_ctc_loss_backward float32", "transpose float32", "detach float32", "eq float32",
     "where bool", "sum float32", "expand float32",
@@ -52,7 +55,8 @@ def assert_same_curve(found: Path, expected: Path) -> None:
     assert [row["update"] for row in ours] == [row["update"] for row in theirs] == [1, 2, 3, 4]
     for one, other in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=LOSS_TOLERANCE)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=NORM_TOLERANCE)
+        tolerance = NORM_TOLERANCE if one["update"] == 1 else LATER_NORM_TOLERANCE
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance)
     # By then the weights have gone the same way too.
     mine, reference = (load_file(folder / "model" / "model.safetensors") for folder in (found, expected))
     assert mine.keys() == reference.keys()
@@ -63,7 +67,7 @@ def assert_same_curve(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("recipe", ["pretraining", "finetuning", "data2vec"])
 def test_a_recipe_learns_on_it_what_it_learns_on_the_cpu(outcome: Outcome, recipe: str) -> None:
     found, expected = outcome(f"{recipe}_npu"), outcome(f"{recipe}_cpu")
-    assert "npu:0 (stand-in), precision fp32, 1 process" in found["stdout"]
+    assert "npu:0 (stand-in), precision fp32, 1 process" in found["log"]
     assert_same_curve(found["folder"], expected["folder"])
 
 
@@ -71,8 +75,9 @@ def test_a_recipe_learns_on_it_what_it_learns_on_the_cpu(outcome: Outcome, recip
 def test_nothing_of_a_step_is_silently_computed_on_the_host(outcome: Outcome, recipe: str, allowed: set[str]) -> None:
     seen = outcome(f"{recipe}_npu")
     names = {name.removeprefix("aten::") for name in seen["host"]}
-    assert {name for name in names if name.split()[0] not in HOST_INTEGERS or "float" in name} <= allowed
-    assert allowed <= names
+    computed = {name for name in names if name.split()[0] not in HOST_COPIES}
+    assert {name for name in computed if name.split()[0] not in HOST_INTEGERS or "float" in name} <= allowed
+    assert allowed <= computed
     assert seen["fallbacks"] == []
     # What comes back: the log probabilities and tokens for CTC, nothing else.
     micro_batches = 7
@@ -84,13 +89,13 @@ def test_nothing_of_a_step_is_silently_computed_on_the_host(outcome: Outcome, re
 def test_a_checkpoint_goes_on_on_another_device(outcome: Outcome, run: str, recipe: str) -> None:
     assert outcome(run)["code"] == 75
     resumed = outcome(f"{run}_resumed")
-    assert resumed["code"] == 0 and "resumed at update 3" in resumed["stdout"]
+    assert resumed["code"] == 0 and "resumed at update 2" in resumed["log"]
     assert_same_curve(resumed["folder"], outcome(recipe)["folder"])
 
 
 def test_bf16_autocast(outcome: Outcome) -> None:
     seen = outcome("bf16")
-    assert "precision bf16" in seen["stdout"] and "torch.bfloat16" in seen["device_formats"]
+    assert "precision bf16" in seen["log"] and "torch.bfloat16" in seen["device_formats"]
     for one, other in zip(rows(seen["folder"]), rows(outcome("pretraining_npu")["folder"]), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=BF16_TOLERANCE) and one["loss"] != other["loss"]
 
@@ -104,7 +109,7 @@ def test_fp16_with_the_scaler(outcome: Outcome) -> None:
     assert found[-1]["loss_scale"] == found[-2]["loss_scale"] < 32768 and found[-1]["grad_norm"] > 0
     start = load_file(outcome("pretraining_npu")["folder"] / "model" / "model.safetensors")
     end = load_file(seen["folder"] / "model" / "model.safetensors")
-    name = "encoder.layers.0.fc1.weight"
+    name = next(name for name in end if name in start and name.endswith("fc1.weight"))
     assert torch.isfinite(end[name]).all() and not torch.equal(end[name], start[name])
 
 
@@ -116,10 +121,10 @@ def test_the_second_device_without_a_fused_optimizer(standin: dict[str, str], tm
         "npu": job(TEMPLATE, digits_words(tmp_path / "npu", device="npu:1", **keys)),
         "cpu": job(TEMPLATE, digits_words(tmp_path / "cpu", device="cpu", **keys), watch=False),
     })  # fmt: skip
-    assert seen["npu"]["code"] == seen["cpu"]["code"] == 0, seen["npu"]["stderr"][-4000:]
+    assert seen["npu"]["code"] == seen["cpu"]["code"] == 0, seen["npu"]["log"][-4000:]
     assert seen["npu"]["places"] == ["cpu", "npu:1"] and seen["npu"]["fallbacks"] == []
     assert "fused_optimizer falls back to the CPU (aten::_fused_adamw_ has no kernel); the optimizer runs unfused" in (
-        seen["npu"]["stdout"]
+        seen["npu"]["log"]
     )
     assert_same_curve(tmp_path / "npu", tmp_path / "cpu")
     ours, theirs = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("npu", "cpu"))
@@ -137,9 +142,9 @@ def test_auto_takes_it_by_the_real_command(standin: dict[str, str], tmp_path: Pa
     words = pretraining_words(tmp_path / "auto", device="auto", precision="auto")
     done = run(standin, *command_line(PRETRAINING, words))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "npu:0 (stand-in), precision bf16" in done.stdout
-    assert "Operators: ctc_loss falls back to the CPU (aten::_ctc_loss" in done.stdout
-    assert "it is computed on the host in float32, and its gradient comes back" in done.stdout
+    assert "npu:0 (stand-in), precision bf16" in done.stderr
+    assert "Operators: ctc_loss falls back to the CPU (aten::_ctc_loss" in done.stderr
+    assert "it is computed on the host in float32, and its gradient comes back" in done.stderr
     assert "CAUTION" not in done.stderr  # the plugin's own words where something falls back
 
 

@@ -40,12 +40,26 @@ def test_processes_give_the_curve_of_one(one, tmp_path, name, parallel, processe
     expected = one(name)
     ended = run(KINDS[name], tmp_path, processes=processes, parallel=parallel)
     loss = largest_relative_difference(tmp_path, expected)
+    norm = largest_relative_difference(tmp_path, expected, ["grad_norm"])
     weights, tensor = largest_difference(tmp_path, expected)
-    print(f"{name}, {parallel}, {processes}: loss {loss:.1e} relative, weights {weights:.1e} ({tensor})")
+    what = f"loss {loss:.1e} and gradient norm {norm:.1e} relative, weights {weights:.1e} ({tensor})"
+    print(f"{name}, {parallel}, {processes}: {what}")
     assert loss <= LOSS
+    assert norm <= 1e-4  # Adam would hide a gradient of another scale
     assert weights <= WEIGHTS, tensor
     # one that outlives the group aborts the ending process now and then, and torchrun then calls the run failed
     assert "threads of the process group left: []" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["data2vec, fairseq"] if WHOLE else [])
+def test_a_teacher_that_moves_in_the_forward_moves_in_shards_too(tmp_path, name):
+    """It moves once a micro-batch of each rank, so that two processes are compared with two."""
+    folders = {parallel: tmp_path / parallel for parallel in ("ddp", "fsdp2")}
+    for parallel, folder in folders.items():
+        run(KINDS[name], folder, processes=2, parallel=parallel)
+    weights, tensor = largest_difference(folders["fsdp2"], folders["ddp"])
+    print(f"{name}, fsdp2 and ddp: weights {weights:.1e} ({tensor})")
+    assert weights <= WEIGHTS, tensor
 
 
 @pytest.mark.parametrize("name", ["data2vec, step"])

@@ -19,8 +19,8 @@ LAUNCHER = f"#!/bin/sh\nexec '{sys.executable}' -m torch.distributed.run \"$@\"\
 
 SRUN = """#!/bin/bash
 # What srun does as far as the script needs it: the command once for each task, and the highest exit code.
-echo "srun $1" >> "$SRUN_LOG"
-[ "$1" = --kill-on-bad-exit=1 ] && shift
+echo "srun $1 $2" >> "$SRUN_LOG"
+shift 2
 for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks[rank]=$!
 done
@@ -111,18 +111,17 @@ def test_two_nodes_train_as_one_process_does(programs, tmp_path):
     assert difference <= 1e-6, name
 
 
-def test_slurm_starts_the_ranks_and_requeues_a_run_that_has_saved(programs, tmp_path):
-    """The script itself with a stand-in for srun that starts the tasks: a real run of two ranks, told to stop."""
+def test_slurm_starts_the_ranks_of_a_run(programs, tmp_path):
+    """The script itself with a stand-in for srun that starts the tasks: a real run of two ranks."""
     kind, folder = KINDS["ctc"], tmp_path / "run"
     job = programs | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2",
                       "MASTER_PORT": str(free_port())}  # fmt: skip
-    # it is over its minutes at once: the first update is its last, which needs no signal
     words = kind.words(folder, max_updates=1, distributed_timeout_minutes=1, evaluate="last")
     done = call([SLURM, kind.script, *words], job)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 ranks, 2 accumulated on each" in done.stderr
     log = Path(programs["SRUN_LOG"]).read_text(encoding="utf-8")
-    assert log.splitlines() == ["scontrol show hostnames node[1-2]", "srun --kill-on-bad-exit=1"]
+    assert log.splitlines() == ["scontrol show hostnames node[1-2]", "srun --kill-on-bad-exit=0 --wait=300"]
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (0, False)])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,6 @@ def run_forked(
 
     With several ``processes`` they are ranks of one run, as torchrun would start them. Returns how each ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "toolkit.training.experiment", "toolkit.models.build"])
     with tempfile.TemporaryDirectory() as logs:
         ranks = []
         with socket.socket() as free:
@@ -196,23 +195,38 @@ def run_forked(
             if processes > 1:
                 places |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = (script, [str(word) for word in words], stop, places, f"{logs}/{rank}")
-            ranks.append(context.Process(target=_forked_main, args=arguments))
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        return [
-            Ended(process.exitcode, Path(f"{logs}/{rank}").read_text(encoding="utf-8"))
-            for rank, process in enumerate(ranks)
-        ]
+            ranks.append(start_forked(script, words, Path(logs) / str(rank), stop=stop, places=places))
+        return [process_ended(process, Path(logs) / str(rank)) for rank, process in enumerate(ranks)]
 
 
-def _forked_main(script: Path, words: Sequence[str], stop: Stop | None, places: dict[str, str], log: str) -> None:
+def start_forked(
+    script: Path, words: Iterable[Any], log: Path, *, stop: Stop | None = None, places: Mapping[str, str] | None = None,
+    own_group: bool = False,
+) -> BaseProcess:
+    """Start one such process; its words go to ``log``. ``own_group``: it leads a process group, as a job of a shell."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "toolkit.training.experiment", "toolkit.models.build"])
+    arguments = (script, [str(word) for word in words], stop, dict(places or {"OMP_NUM_THREADS": "1"}), str(log))
+    process = context.Process(target=_forked_main, args=(*arguments, own_group))
+    process.start()
+    return process
+
+
+def process_ended(process: BaseProcess, log: Path, seconds: float = 240) -> Ended:
+    """Wait for a process of `start_forked` (it is killed when it takes longer)."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return Ended(process.exitcode, log.read_text(encoding="utf-8") if log.exists() else "")
+
+
+def _forked_main(
+    script: Path, words: Sequence[str], stop: Stop | None, places: dict[str, str], log: str, own_group: bool
+) -> None:
     """What a forked process does: the script's main, its words in a file, its own signal where one is asked for."""
+    if own_group:
+        os.setpgid(0, 0)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -460,10 +460,14 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
 
 def test_a_manifest_that_changed_between_two_parts_of_a_run(begun, manifest):
     before = checkpoints(begun)
-    for change in ({"wrd": "SEVEN"}, {"duration": 0.58}):
+    for change, words in (
+        ({"wrd": "SEVEN"}, "1 row changed (first '0_jackson_5') of 50 before"),
+        ({"duration": 0.58}, "1 row changed (first '0_jackson_5') of 50 before"),
+        ({"ID": "new"}, "1 row added (first 'new'), 1 removed (first '0_jackson_5') of 50 before"),
+    ):
         refused(TEMPLATE, digits_words(begun, train_manifest=manifest(**change), max_updates=4),
-                f"the data changed since the checkpoint {begun / 'save' / 'step_00000002'}: train; its place in the "
-                "epoch means other utterances now. Restore the former manifests to go on with this run, or give "
+                f"the data changed since the checkpoint {begun / 'save' / 'step_00000002'}: train ({words}); its place "
+                "in the epoch means other utterances now. Restore the former manifests to go on with this run, or give "
                 "another --output_folder to begin one on the new data.")  # fmt: skip
         assert checkpoints(begun) == before
     # the same recordings in another folder are the same data

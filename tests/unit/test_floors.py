@@ -27,6 +27,7 @@ FLOORS: dict[str, set[str]] = {
     "classification": GROUND | {"data", "models", "training"},
     "recognition": GROUND | {"data", "decoding", "models", "training"},
     "curves": GROUND,
+    "launch": GROUND,
     "__main__": {"*"},
 }
 OUTSIDE = ("recipes", "templates", "demo", "benchmarks", "tests")

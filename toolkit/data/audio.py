@@ -30,6 +30,10 @@ RESAMPLING_MARGIN = 0.1
 LONGEST = 1 << 40
 """Frames beyond which a header is taken for nonsense (libsndfile reports broken streams as endless)."""
 
+DENSEST = 1 << 13
+"""Samples of a channel in a byte, beyond which a header is taken for nonsense: FLAC's longest blocks of silence have
+6,000."""
+
 NORMALIZATION_EPS = 1e-5
 """fairseq normalizes a waveform with torch's layer_norm and its default eps."""
 
@@ -113,7 +117,9 @@ class AudioFile:
         if self.info.num_samples == 0:
             self.close()
             raise AudioError(f"{self.path} holds no samples; remove it from the manifest or record it again.")
-        if not 0 < self.info.num_samples < LONGEST or self.info.sample_rate <= 0:
+        is_known = 0 < self.info.num_samples < LONGEST and self.info.sample_rate > 0
+        # Not to be read as if it were true: memory would be taken for all that the header claims.
+        if not is_known or self.info.num_samples > DENSEST * self._num_bytes():
             self.close()
             raise AudioError(f"{self.path} has a broken header; copy or encode the file again.")
 
@@ -124,6 +130,12 @@ class AudioFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _num_bytes(self) -> int:
+        """Bytes of the file or entry."""
+        if self._source is None:
+            return os.path.getsize(self.path)
+        return self._source.raw.length  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Close the file."""

@@ -6,9 +6,12 @@ out, named and counted, up to a stated share of the dataset.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,7 +23,7 @@ from torch.utils.data import Sampler as TorchSampler
 from toolkit.data.batch import SpeechBatch, collate_speech
 from toolkit.data.plan import EpochPlan
 from toolkit.data.sampler import Sampler
-from toolkit.errors import AudioError, ConfigError, ToolkitError, TrainingError
+from toolkit.errors import AudioError, ConfigError, ToolkitError, TrainingError, WorkerError
 
 __all__ = ["Loader", "MicroBatch", "SpeechBatch", "collate_speech"]
 
@@ -111,7 +114,7 @@ class Loader:
     Raises
     ------
     ConfigError for arguments that do not fit; while iterating AudioError when too much audio is bad, and
-    TrainingError when a worker dies.
+    WorkerError when a worker dies.
 
     Example
     -------
@@ -183,7 +186,7 @@ class Loader:
 
         Raises
         ------
-        AudioError when the share of bad audio exceeds ``max_bad_share`` (of what this rank has met), TrainingError
+        AudioError when the share of bad audio exceeds ``max_bad_share`` (of what this rank has met), WorkerError
         when a worker was killed, and any error of the dataset's items.
         """
         if not 0 <= first_update <= self.updates_per_epoch:
@@ -239,17 +242,23 @@ class Loader:
             multiprocessing_context=_worker_context(),
             worker_init_fn=_give_memory_back,
         )
-        self._stream = iter(loader)
+        with _child_handler(None):
+            self._stream = iter(loader)
 
     def _next(self) -> MicroBatch:
         assert self._stream is not None
+        workers = getattr(self._stream, "_workers", [])
         try:
-            made = next(self._stream)
+            # Of a worker that dies we hear only while we wait for it: torch's own handler would raise in the middle of
+            # whatever the process does just then, an optimizer's step or a checkpoint.
+            with _child_handler(lambda *_: _check_workers(workers)) if workers else contextlib.nullcontext():
+                _check_workers(workers)
+                made = next(self._stream)
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                 raise
             self._stream = None
-            raise TrainingError(
+            raise WorkerError(
                 "a loader worker was killed, most likely because memory (or shared memory, /dev/shm) ran out; lower "
                 "num_workers or the batch (batch_seconds, batch_tokens), and run the same command again to resume."
             ) from error
@@ -339,6 +348,26 @@ class _Stream(TorchSampler):
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+def _check_workers(workers: Sequence[Any]) -> None:
+    """RuntimeError, in torch's words, if one has ended otherwise than by coming to its end."""
+    for worker in workers:
+        if worker.exitcode not in (None, 0):
+            raise RuntimeError(f"DataLoader worker (pid {worker.pid}) exited unexpectedly with code {worker.exitcode}")
+
+
+@contextlib.contextmanager
+def _child_handler(handler: Callable[..., None] | None) -> Iterator[None]:
+    """Within, ``handler`` is told of children that end (None: as before); afterwards who was told before is."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD) if handler is None else signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _give_memory_back(worker: int) -> None:

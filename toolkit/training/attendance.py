@@ -64,13 +64,14 @@ class Attendance:
         """The ranks that are behind this one, in words; empty where none is known to be."""
         places = self._places()
         if places is None:  # a launcher keeps the store, or else the first rank
-            return "" if self.rank == 0 else "the process that keeps the list of places (a launcher's, or process 0)"
+            return "" if self.rank == 0 else "a process, perhaps process 0, whose list of places does not answer"
         behind = [(rank, place) for rank, place in enumerate(places) if place is None or place.count < self._count]
         if not behind:
             return ""
         lowest = behind[0][1]
         if len({None if place is None else str(place) for _, place in behind}) == 1:
-            came = "whose last sign of life came from " + str(lowest) if lowest else "which has given no sign of life"
+            silent = f"which {'has' if len(behind) == 1 else 'have'} given no sign of life"
+            came = f"whose last sign of life came from {lowest}" if lowest else silent
             return f"{_ranks([rank for rank, _ in behind])}, {came}"
         named = [f"{rank} (last seen in {place or 'nothing'})" for rank, place in behind[:NAMED]]
         more = f" and {len(behind) - NAMED} more" if len(behind) > NAMED else ""

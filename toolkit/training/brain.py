@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from toolkit.data.units import SECONDS, TOKENS, Unit
 from toolkit.errors import (
     ConfigError,
+    DeviceError,
     ModelError,
-    ToolkitError,
     TrainingError,
-    describe_out_of_memory,
+    WorkerError,
     is_out_of_memory,
 )
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
+from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
 from toolkit.training.guard import NonFiniteGuard, Seen
 from toolkit.training.health import HealthMonitor
@@ -37,7 +39,7 @@ from toolkit.training.profiling import UpdateProfiler
 from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
 from toolkit.training.schedules import Constant, Schedule
-from toolkit.training.step import StepResult, UpdateStep
+from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep
 from toolkit.training.streams import close, passed_on, timed
 from toolkit.training.summary import describe_modules
 
@@ -129,7 +131,10 @@ class Brain:
         self._learning_rate = 0.0
         self._recorded: list[tuple[int, dict[str, Any]]] = []
         self._told: set[str] = set()
-        self._first_update = 0
+        self._saved_update = 0
+        self._at: tuple[Stage, Any] = (Stage.TRAIN, None)
+        self._is_making = self._is_changing = False
+        self._failures: list[Failure] = []
         self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
         self._begin_update()
@@ -211,8 +216,10 @@ class Brain:
 
         Raises
         ------
-        TrainingError : too many updates in a row that are not finite.
-        Requeue : SIGTERM came; a checkpoint was saved and the process ends with code 75.
+        TrainingError : too many updates in a row are not finite (DivergenceError), memory ran out, another rank ended.
+        any other error : of the data or of the recipe's methods. The state after the last whole update is saved before,
+            unless it is not finite, and ``crash_report.json`` names the batch.
+        Requeue : SIGTERM or SIGUSR1 came; a checkpoint was saved and the process ends with code 75.
         Interrupted : Ctrl-C came; a checkpoint was saved and the process ends with code 130.
         """
         if self.options.test_only:
@@ -232,11 +239,10 @@ class Brain:
             if valid_loader is not None and length.finished_limits is None and not self._is_validated():
                 # The last session ended in its last validation.
                 length.mark_finished()
-                self.saver.save(self._validate(valid_loader, self.epoch))
+                self._save(self._validate(valid_loader, self.epoch))
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
-        self._first_update = self.update
         with contextlib.closing(self.saver), StopSignal(self.world) as stop:
             self._stop = stop
             try:
@@ -245,11 +251,17 @@ class Brain:
                     self._run_batches(valid_loader, Stage.VALID, max_steps=1)
                 elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
                     # The last session was told to stop just before this validation.
-                    self.saver.save(self._validate(valid_loader, self.epoch))
+                    self._save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
             except _ValidationStopped:
                 self._save_and_requeue()
+            except Exception as error:
+                close(train_loader)
+                told = self._broken_off(error)
+                if told is error:
+                    raise
+                raise told from error
         self._profiler.close()
         close(train_loader)
         self.loggers.pause()
@@ -303,9 +315,11 @@ class Brain:
         self.progress.meter.pause()
 
     def _made_micro_batches(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
-        """Each micro-batch after its forward and backward; an error in them saves the updates before it."""
+        """Each micro-batch after its forward and backward; an error in them is told to the other ranks."""
+        self._is_making = True
         try:
             for micro in micro_batches:
+                self._at = (Stage.TRAIN, micro)
                 self._tell_bad_audio(micro)
                 lent = self._parallel.lent(micro)
                 with self._parallel.together():
@@ -315,14 +329,61 @@ class Brain:
                         # The others wait for this rank in every block: it goes along, and adds nothing.
                         self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
+                self._at, self._is_making = (Stage.TRAIN, None), True
         except Exception as error:
-            # The weights have not changed since the last update. With several ranks the others are in the middle of
-            # theirs, and a checkpoint takes all: nothing is saved then.
-            if self.world.size == 1 and self.update > self._first_update and _is_users(error):
-                self._begin_update()
-                self.on_update_given_up()
-                self.saver.save()
+            # The weights have not changed since the last update. Where each rank holds the whole model, the others come
+            # to no other exchange before their gradients are ready: there they learn that this update will not be made,
+            # and all can save what was. Shards are exchanged block by block, where nothing can be told.
+            is_ready = self.options.parallel == "ddp" and not isinstance(error, DeviceError)
+            if self.world.size > 1 and is_ready:
+                with contextlib.suppress(DeviceError):
+                    self._failures = self._step.give_up(self._failure(error))
             raise
+
+    def _failure(self, error: Exception) -> Failure:
+        """``error`` with the batch that was worked on."""
+        stage, micro = self._at
+        batch, number = (None, None) if micro is None else (micro.batch, micro.micro)
+        place = Place.of(batch, stage=stage.value, update=self.update, micro=number)
+        # What a scheduler tells to stop are often all processes, and the workers go at once.
+        is_stop = isinstance(error, WorkerError) and self._stop.received
+        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop)
+
+    def _broken_off(self, error: Exception) -> Exception:
+        """Save what was trained, write and tell where it broke off; returns the error to be raised."""
+        is_told = bool(self._failures) or self.world.size == 1
+        failures = self._failures or [self._failure(error)]
+        is_whole = is_told and not self._is_changing
+        if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        if is_whole:
+            self._begin_update()
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+            if self._is_making:
+                self.on_update_given_up()
+            if any(failure.is_stop for failure in failures):
+                self._save_and_requeue()
+        if self.update == 0 and all(failure.is_users for failure in failures):
+            return error  # a mistake of the user's, met before anything was trained: its sentence says all
+        outcome = save_crashed(
+            self.saver, self.modules, self.optimizer, self.world,
+            failures=failures, saved_update=self._saved_update, is_whole=is_whole,
+        )  # fmt: skip
+        path = None
+        if self.world.is_main or not is_told:
+            name = REPORT_NAME if self.world.is_main else f"crash_report.rank{self.world.rank}.json"
+            path = write_report(self.context.output_folder, failures, about=self._about(), outcome=outcome, name=name)
+        first = failures[0]
+        where = f" with {first.place.words}" if first.place.words else ""
+        why = "" if first.is_users else f": {first.kind}"
+        report = f"; all of it is in {path}" if path else ""
+        self.say(f"update {self.update} broke off{where}{why}; {outcome}{report}.")
+        return TrainingError(first.sentence) if is_out_of_memory(error) else error
+
+    def _save(self, metrics: Mapping[str, float] | None = None, *, wait: bool = True) -> None:
+        self.saver.save(metrics, wait=wait)
+        self._saved_update = self.update
 
     def _begin_update(self) -> None:
         self._loss_sum: Tensor = torch.zeros((), device=self.device)
@@ -334,13 +395,21 @@ class Brain:
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
         assert self.optimizer is not None
-        progress = self.progress
+        progress, self._at = self.progress, (Stage.TRAIN, None)
         self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
         wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
-        finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+        self._is_changing = True
+        try:
+            finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+        except UpdateGivenUp as given_up:
+            self._is_changing, self._failures = False, given_up.failures
+            first = self._failures[0]
+            raise TrainingError(
+                f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
+            ) from None
         self.device_row.mark_step()
         stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
@@ -358,6 +427,7 @@ class Brain:
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         self.on_update_end(finished.result)
+        self._at, self._is_changing, self._is_making = (Stage.TRAIN, None), False, False
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
         if fails > 0:
@@ -379,19 +449,13 @@ class Brain:
             self.on_stage_end(Stage.TRAIN, progress.end_epoch(), epoch)
         metrics = None
         if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
-            try:
-                metrics = self._validate(valid_loader, epoch)
-            except Exception as error:
-                # A bad file among the validation's, or a long one, must not cost what was trained before it.
-                if _is_users(error):
-                    self.saver.save()
-                raise
+            metrics = self._validate(valid_loader, epoch)
         if ends:
             progress.length.mark_finished()
         if stops and not ends:
             self._save_and_requeue()
         if ends or saves or metrics is not None:
-            self.saver.save(metrics, wait=ends)
+            self._save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
@@ -481,20 +545,22 @@ class Brain:
             with self._parallel.held():
                 self._add_batches(sums, loader, stage, max_steps=max_steps)
         except Exception as caught:
-            if not _is_users(caught):
-                raise
             error = caught
         finally:
             # Where not all was read, workers would wait for nothing.
             close(loader)
         # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
-        recorded, errors = [], []
-        mine = None if error is None else describe_out_of_memory(error) if is_out_of_memory(error) else str(error)
-        for rows, sentence in self.world.gather_objects((self._recorded, mine)):
+        recorded, failures = [], []
+        mine = None if error is None else self._failure(error)
+        for rows, failure in self.world.gather_objects((self._recorded, mine)):
             recorded += rows
-            errors += [sentence] if sentence else []
-        if error is not None or errors:
-            raise error or TrainingError(errors[0])
+            failures += [failure] if failure else []
+        if failures:
+            self._failures = failures
+            if error is None or is_out_of_memory(error):
+                raise TrainingError((mine or failures[0]).sentence) from error
+            raise error
+        self._at = (Stage.TRAIN, None)
         self._recorded = []
         reduced = sums.reduce(self.world)
         self.world.at(f"update {self.update + 1}")
@@ -513,6 +579,7 @@ class Brain:
                     break
                 if stage is Stage.VALID and self._stop.received and self.world.size == 1:
                     raise _ValidationStopped
+                self._at = (stage, micro)
                 self._tell_bad_audio(micro)
                 if micro.batch is None:
                     continue
@@ -562,6 +629,7 @@ class Brain:
         self.saver.add_optimizer(self.optimizer)
         if not self.saver.resume() and isinstance(self._parallel, Replicas):
             share_weights(self.world, self.modules)
+        self._saved_update = self.update
         self.loggers.rewind(self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
@@ -579,7 +647,7 @@ class Brain:
         # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
         interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
         checkpointer = self.saver.checkpointer
-        self.saver.save()
+        self._save()
         self.loggers.pause()
         why = "interrupted" if interrupted else "told to stop"
         if checkpointer is None:
@@ -620,8 +688,3 @@ class Brain:
 
 class _ValidationStopped(Exception):
     """A validation was broken off because the run was told to stop; the next session makes up for it."""
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether an error is one that a user can mend, as against a defect of the program."""
-    return isinstance(error, ToolkitError) or is_out_of_memory(error)

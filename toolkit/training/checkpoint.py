@@ -70,6 +70,8 @@ class Checkpointer:
     settings : hyper-parameters of the run (`HparamsPlan.settings`); others on resuming are warned of.
     log : called with each warning, a sentence; None: ``warnings.warn``.
 
+    ``describe_changes`` may hold, by the name of a manifest, what says how its rows differ from those of the run.
+
     Example
     -------
     >>> import tempfile
@@ -104,6 +106,7 @@ class Checkpointer:
         self.best_metric, self.best_mode = best_metric, best_mode
         self.world = world or World()
         self.manifests = dict(manifests or {})
+        self.describe_changes: dict[str, Callable[[], str]] = {}
         self.settings = dict(settings or {})
         self._log = log
         self._objects: dict[str, Any] = {}
@@ -414,8 +417,10 @@ class Checkpointer:
         names = saved.keys() | self.manifests.keys()
         changed = [name for name in names if saved.get(name) != self.manifests.get(name)]
         if saved and self.manifests and changed:
+            how = [(name, self.describe_changes.get(name, str)()) for name in sorted(changed)]
+            told = [f"{name} ({words})" if words else name for name, words in how]
             raise CheckpointError(
-                f"the data changed since the checkpoint {path}: {some_names(changed)}; its place in the epoch means "
+                f"the data changed since the checkpoint {path}: {some_names(told)}; its place in the epoch means "
                 "other utterances now. Restore the former manifests to go on with this run, or give another "
                 "--output_folder to begin one on the new data."
             )

@@ -226,6 +226,7 @@ def init_world(
     timeout = timedelta(minutes=timeout_minutes)
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = _of_this_start(store)
         store.set_timeout(timeout)
         dist.init_process_group(
             config, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout, device_id=bound
@@ -239,6 +240,18 @@ def init_world(
         ) from error
     attendance = Attendance(dist.PrefixStore("attendance", store), rank, size)
     return World(rank, local_rank, size, chosen, timeout_minutes, attendance)
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """``store`` without what earlier starts of these ranks left in it.
+
+    torchrun starts ranks again (``--max-restarts``) with the store that they had: there they would find the addresses
+    of processes that are gone, and wait for them. Only one node counts the restarts alike on all ranks; on several,
+    the store has to be a new one (`toolkit.launch`, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def reduce_gradients(

@@ -68,6 +68,7 @@ from torch import nn
 
 from toolkit.data.batch import collate_speech
 from toolkit.data.loader import Loader
+from toolkit.data.manifest_rows import describe_changes, rows_path, write_rows
 from toolkit.data.sampler import BucketSampler, EvaluationSampler
 from toolkit.data.units import SECONDS, Unit
 from toolkit.errors import CheckpointError, ConfigError, ToolkitError
@@ -102,7 +103,7 @@ RESULTS = (
     "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl",
     "test_predictions.jsonl", "crash_report.json",
 )  # fmt: skip
-"""What a run leaves in its output folder, beside logs and what was prepared."""
+"""What a run leaves in its output folder, beside logs and what was prepared; the report of a crash, last, is no run."""
 
 
 class Experiment:
@@ -134,6 +135,7 @@ class Experiment:
         self.output_folder: Path = context.output_folder or Path()
         self._lock = lock
         self._manifests: dict[str, str] = {}
+        self._changes: dict[str, Callable[[], str]] = {}
         self._checkpointer: Checkpointer | None = None
         self._keep_record = keep_record
         self._has_weights = bool(hparams.get("pretrained"))
@@ -204,6 +206,7 @@ class Experiment:
             settings=self.settings,
             log=self.say,
         )
+        self._checkpointer.describe_changes.update(self._changes)
         brain = kind(
             modules,
             opt_class,
@@ -256,7 +259,18 @@ class Experiment:
             world_size=self.world.size,
             max_batch_size=max_batch_size,
         )
-        return self.planned_train_loader(dataset, sampler, dataset.manifest.fingerprint(), collate=collate)
+        loader = self.planned_train_loader(dataset, sampler, dataset.manifest.fingerprint(), collate=collate)
+        self._keep_rows("train", dataset.manifest)
+        return loader
+
+    def _keep_rows(self, name: str, manifest: Any) -> None:
+        """Keep what a new run's rows are, and have a run that goes on say how they differ, if they do."""
+        path = rows_path(self.output_folder, name)
+        if self.world.is_main and not self.options.test_only and not has_checkpoints(self.output_folder):
+            write_atomic(path, lambda temporary: write_rows(temporary, manifest))
+        self._changes[name] = partial(describe_changes, path, manifest)
+        if self._checkpointer is not None:
+            self._checkpointer.describe_changes.update(self._changes)
 
     def eval_loader(
         self, dataset: Any, *, batch_seconds: float, collate: Callable[..., Any] = collate_speech
@@ -459,7 +473,7 @@ def _open_folder(
     mark = folder / DEBUG_MARK
     if options.test_only:
         _check_evaluation(folder, plan.values.get("pretrained"))
-    elif options.debug and not mark.exists() and any(_has_content(folder / name) for name in RESULTS):
+    elif options.debug and not mark.exists() and any(_has_content(folder / name) for name in RESULTS[:-1]):
         raise ConfigError(
             f"{folder} holds a run, which --debug would overwrite; give the debug run another --output_folder."
         )

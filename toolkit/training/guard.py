@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.errors import TrainingError
+from toolkit.errors import DivergenceError
 from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
 from toolkit.training.step import StepResult
@@ -66,7 +66,7 @@ class NonFiniteGuard:
 
         Raises
         ------
-        TrainingError : ``patience`` faulty updates in a row.
+        DivergenceError : ``patience`` faulty updates in a row.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -106,15 +106,14 @@ class NonFiniteGuard:
                 "micro_batches": [{"micro": m, "ids": list(i), "loss_sum": _plain(v)} for m, i, v in everyone],
             }
         )
-        named = ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
-        sentence = f"update {result.update}: {what} is not finite with the utterances {named}"
+        sentence = f"update {result.update}: {what} is not finite with the utterances {name_some(ids)}"
         if self.in_a_row < self.patience:
             self._say(
                 f"{sentence}; nothing was changed ({self.in_a_row} in a row, the run ends after {self.patience})."
             )
             return
         where = self._write_report(about)
-        raise TrainingError(
+        raise DivergenceError(
             f"{sentence}, the {_ordinal(self.in_a_row)} such update in a row (nonfinite_patience is {self.patience}); "
             f"listen to these files, lower the learning rate or set max_grad_norm{where}."
         )
@@ -126,6 +125,17 @@ class NonFiniteGuard:
         if self.world.is_main:
             write_json(path, {**about, "in_a_row": self.in_a_row, "updates": self._faults})
         return f"; all of it is in {path}"
+
+
+def name_some(ids: Sequence[str]) -> str:
+    """The first few of some utterances, for a sentence.
+
+    Example
+    -------
+    >>> name_some([f"u{number}" for number in range(10)])
+    'u0, u1, u2, u3, u4, u5, u6, u7 and 2 more'
+    """
+    return ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
 
 def _plain(value: float) -> float | str:

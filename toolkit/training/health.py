@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
-from toolkit.errors import ConfigError, TrainingError
+from toolkit.errors import ConfigError, DivergenceError
 
 EARLY_SHARE = 0.2
 """Part of a short run after which its rules speak, however many updates they would wait in a long one."""
@@ -329,7 +329,7 @@ class CollapsedVariance:
 
     Raises
     ------
-    TrainingError : from ``look``, below a limit after ``stop_after``.
+    DivergenceError : from ``look``, below a limit after ``stop_after``.
 
     Example
     -------
@@ -358,7 +358,7 @@ class CollapsedVariance:
             "(collapse); start again with a lower rate, a longer warm-up or a slower teacher (ema_decay)."
         )
         if row["update"] > self.stop_after:
-            raise TrainingError(f"after update {row['update']} {sentence}")
+            raise DivergenceError(f"after update {row['update']} {sentence}")
         return sentence
 
 

@@ -141,9 +141,10 @@ class RunLength:
 
 
 class StopSignal:
-    """Notices SIGTERM and the first Ctrl-C while it is open: the run then saves and ends at the next update.
+    """Notices SIGTERM, SIGUSR1 and the first Ctrl-C while it is open: the run saves and ends at the next update.
 
-    ``received`` is True after either, ``interrupted`` after Ctrl-C; a second Ctrl-C ends at once (KeyboardInterrupt).
+    SIGTERM is what schedulers send at the end, SIGUSR1 what Slurm sends so long before it as ``--signal`` asks.
+    ``received`` is True after any, ``interrupted`` after Ctrl-C; a second Ctrl-C ends at once (KeyboardInterrupt).
 
     Arguments
     ---------
@@ -161,6 +162,8 @@ class StopSignal:
         # Only a main thread may install handlers; elsewhere the caller's own handling stands.
         if threading.current_thread() is threading.main_thread():
             self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._notice)
             # A shell starts jobs of the background with Ctrl-C ignored; that is not for us to change.
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._notice_interrupt)
@@ -173,11 +176,13 @@ class StopSignal:
         self._previous.clear()
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:
+        if os.getpid() == self._owner:
+            self.received = True
+        elif number == signal.SIGTERM:
             # A worker process inherited this handler; it must die when it is told to.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = True
+        # SIGUSR1, which a scheduler may send to all processes of a job, is no reason for a worker to go.
 
     def _notice_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:

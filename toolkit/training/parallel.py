@@ -188,8 +188,7 @@ class Shards:
         if trained == self._trained:
             return
         self._trained = trained
-        for unit in self._units:
-            unit.unshard()
+        self._gather()
         for (name, parameter), trains in zip(self.modules.named_parameters(), trained, strict=True):
             parameter.requires_grad_(trains)
             if trains and name not in self._watched:
@@ -223,8 +222,7 @@ class Shards:
     def held(self) -> Iterator[None]:
         """See `Parallel`; each rank holds all parameters as long (a collective at its beginning)."""
         self._set_resharding(False)
-        for unit in self._units:
-            unit.unshard()
+        self._gather()
         try:
             yield
         finally:
@@ -239,14 +237,16 @@ class Shards:
         """See `Parallel` (a collective)."""
         for unit in self._units:
             unit.reshard()
-        whole = {
-            name: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
-            for name, parameter in self.modules.named_parameters()
-        }
+        with self.world.in_words("gather the whole model"):
+            whole = {
+                parameter: nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+                for parameter in self.modules.parameters()
+            }
         self.abandon()
-        for name, parameter in whole.items():
+        # one of two names (tied weights) too
+        for name, parameter in list(self.modules.named_parameters(remove_duplicate=False)):
             owner, _, last = name.rpartition(".")
-            setattr(self.modules.get_submodule(owner), last, parameter)
+            setattr(self.modules.get_submodule(owner), last, whole[parameter])
         return Replicas(self.world)
 
     def abandon(self) -> None:
@@ -260,6 +260,11 @@ class Shards:
         gc.collect()
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _gather(self) -> None:
+        with self.world.in_words("gather the parameters"):
+            for unit in self._units:
+                unit.unshard()
 
     def _set_resharding(self, on: bool) -> None:
         for unit in self._units:
@@ -276,13 +281,13 @@ class _Before:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, module.__class__
-        self.attributes = dict(module.__dict__)
-        self.hooks = {name: value.copy() for name, value in self.attributes.items() if _is_hooks(name, value)}
+        self.names = set(module.__dict__)
+        self.hooks = {name: value.copy() for name, value in module.__dict__.items() if _is_hooks(name, value)}
 
     def restore(self) -> None:
         """Make it that again; parameters stay as they are now."""
         self.module.__class__ = self.kind
-        for name in self.module.__dict__.keys() - self.attributes.keys():
+        for name in self.module.__dict__.keys() - self.names:
             del self.module.__dict__[name]
         for name, hooks in self.hooks.items():
             self.module.__dict__[name].clear()

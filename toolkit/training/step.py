@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ class StepResult:
     grad_norm: Tensor
     skipped: Tensor
     faulty: Tensor
+
+
+class UpdateGivenUp(Exception):
+    """Another rank has given this update up before it began to change anything; ``failures`` are the reasons told."""
+
+    def __init__(self, failures: list[Any]) -> None:
+        super().__init__(failures)
+        self.failures = failures
 
 
 class UpdateStep:
@@ -84,6 +93,10 @@ class UpdateStep:
         Returns
         -------
         Finished(result, values): the outcome, and the sums of ``values``.
+
+        Raises
+        ------
+        UpdateGivenUp : on all ranks, where one called `give_up` instead; nothing has changed then.
         """
         parameters, values = self._agree(trained_parameters(self.optimizer), list(values))
         self.parallel.reduce(parameters)
@@ -96,6 +109,10 @@ class UpdateStep:
         self.parallel.forget()
         return Finished(result, values)
 
+    def give_up(self, failure: Any) -> list[Any]:
+        """Instead of `finish`: tell the other ranks of ``failure`` (plain); returns the failures of all ranks."""
+        return [told for flags, told in self.world.gather_objects((None, failure)) if flags is None]
+
     def _agree(self, parameters: list[nn.Parameter], values: list[float]) -> tuple[list[nn.Parameter], list[float]]:
         """The parameters that have a gradient on any rank (zeros stand in elsewhere), and the sums of ``values``.
 
@@ -107,6 +124,9 @@ class UpdateStep:
             return [parameter for parameter, has in zip(parameters, mine, strict=True) if has], values
         # One byte a parameter; gathered by the hosts, in rank order.
         everyone = self.world.gather_objects((mine, values))
+        failures = [told for flags, told in everyone if flags is None]
+        if failures:
+            raise UpdateGivenUp(failures)
         chosen = []
         for parameter, *flags in zip(parameters, *(flags for flags, _ in everyone), strict=True):
             if any(flags):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import soundfile
@@ -145,6 +147,26 @@ def test_samples_that_are_no_numbers(tmp_path):
     assert str(caught.value) == (
         f"{tmp_path / 'nan.wav'} holds samples that are not finite numbers; write the file again."
     )
+
+
+def test_a_header_that_lies_takes_no_memory(tmp_path):
+    path = tmp_path / "lying.flac"
+    soundfile.write(path, np.zeros(8000, dtype=np.int16), 8000)
+    header = bytearray(path.read_bytes())
+    header[21], header[22:26] = header[21] | 0x0F, b"\xff" * 4  # the number of samples: 2 ** 36 - 1, 275 GB of floats
+    path.write_bytes(header)
+    assert soundfile.info(path).frames == 2**36 - 1
+    # a zip entry is as long as its name says
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(path, "lying.flac")
+        offset = archive.infolist()[0].header_offset + 30 + len("lying.flac")
+    for source in (path, f"{tmp_path / 'a.zip'}:{offset}:{len(header)}"):
+        with pytest.raises(AudioError) as caught:
+            read_audio(source)
+        assert str(caught.value) == f"{source} has a broken header; copy or encode the file again."
+    silence = tmp_path / "silence.flac"
+    soundfile.write(silence, np.zeros(8000 * 600, dtype=np.int16), 8000)
+    assert len(read_audio(silence)) == 8000 * 600
 
 
 def test_normalization():

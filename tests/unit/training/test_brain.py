@@ -1,18 +1,21 @@
 """The arithmetic of a step, the order of things, and evaluation, in one process."""
 
 import functools
+import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from toolkit.data.loader import MicroBatch
-from toolkit.errors import AudioError, ConfigError, ModelError, TrainingError
+from toolkit.errors import AudioError, ConfigError, DivergenceError, ModelError, TrainingError
 from toolkit.training.brain import Brain, Objective, RunContext, Stage
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.crash import not_finite
 from toolkit.training.distributed import World
 from toolkit.training.limits import Interrupted
 from toolkit.training.loggers import Loggers
@@ -514,7 +517,7 @@ def test_an_interrupt_that_the_shell_ignores_stays_ignored(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("update", [2, 4])
 def test_a_stop_breaks_a_validation_off_and_the_next_session_makes_up_for_it(tmp_path, number, update):
     train = ListLoader(*[[pairs(0, 4)]] * 4)
@@ -542,7 +545,8 @@ def test_a_stop_breaks_a_validation_off_and_the_next_session_makes_up_for_it(tmp
 def test_an_error_of_the_training_data_saves_the_updates_before_it(tmp_path, error):
     loader = ClosableLoader(*[[pairs(0, 4), pairs(4, 6)]] * 5, error=error, at=2)
     brain = make(checkpointer=Checkpointer(tmp_path), max_updates=5)
-    with pytest.raises(type(error), match=str(error)):
+    # memory is told with advice
+    with pytest.raises(TrainingError if isinstance(error, MemoryError) else type(error), match=str(error)):
         brain.fit(loader)
     assert saved_updates(tmp_path) == [2]
     loader.error = None
@@ -570,20 +574,129 @@ def test_a_checkpoint_in_the_middle_of_an_update_is_told_before(tmp_path, how):
             told.append((self.update, saved_updates(tmp_path)))
 
     loader = ListLoader(*[[pairs(0, 4), pairs(4, 6)]] * 5)
-    with pytest.raises((SystemExit, torch.OutOfMemoryError)):
+    with pytest.raises((SystemExit, TrainingError)):
         make(Told, checkpointer=Checkpointer(tmp_path), max_updates=5).fit(loader)
     finished = how == "stop in the last"
     assert told == ([] if finished else [(2, [])]) and saved_updates(tmp_path) == [3 if finished else 2]
 
 
-def test_an_error_before_the_first_update_or_of_the_program_saves_nothing(tmp_path):
+def test_an_error_before_the_first_update_saves_nothing(tmp_path):
     loader = ClosableLoader([pairs(0, 4)], error=AudioError("too much"), at=0)
     with pytest.raises(AudioError):
         make(checkpointer=Checkpointer(tmp_path)).fit(loader)
-    loader = ClosableLoader(*[[pairs(0, 4)]] * 3, error=KeyError("a defect"), at=1)
-    with pytest.raises(KeyError):
-        make(checkpointer=Checkpointer(tmp_path)).fit(loader)
     assert saved_updates(tmp_path) == []
+
+
+class Broken(Regression):
+    """With the defect of a recipe in ``place`` at update 2."""
+
+    def __init__(self, *args, place, **options):
+        super().__init__(*args, **options)
+        self.place = place
+
+    def compute_forward(self, batch, stage):
+        self.fails("forward" if stage is Stage.TRAIN else "validation")
+        return super().compute_forward(batch, stage)
+
+    def on_stage_start(self, stage, epoch):
+        if stage is Stage.VALID:
+            self.fails("hook")
+
+    def on_update_end(self, result):
+        self.fails("update")
+
+    def fails(self, place):
+        if self.place == place and self.update == 2:
+            raise KeyError("a defect")
+
+
+@pytest.mark.parametrize("place", ["forward", "validation", "hook"])
+def test_a_defect_anywhere_saves_the_updates_before_it_and_tells_the_batch(tmp_path, place):
+    memory, loader = Memory(), ListLoader(*[[pairs(0, 4)]] * 5)
+
+    def run(place):
+        kind = partial(Broken, place=place)
+        save = Checkpointer(tmp_path / "save")
+        # the validation at update 2 would save before
+        every = {"max_updates": 4, "valid_interval_updates": 100 if place == "forward" else 2}
+        made = make(kind, memory=memory, folder=tmp_path, checkpointer=save, **every)
+        made.fit(loader, ListLoader([pairs(8, 10)]))
+        return made
+
+    with pytest.raises(KeyError, match="a defect"):
+        run(place)
+    assert saved_updates(tmp_path / "save") == [2]
+    report = json.loads((tmp_path / "crash_report.json").read_text())
+    assert report["error"] == "KeyError: 'a defect'" and report["update"] == 2
+    assert report["outcome"] == "saved at update 2; run the same command again to go on from there"
+    assert any("self.fails" in line for line in report["failures"][0]["trace"])
+    ids = {"forward": ["u0", "u1", "u2", "u3"], "validation": ["u8", "u9"], "hook": []}[place]
+    assert report["utterances"] == ids and bool(report["batch"]) == bool(ids)
+    count = len(ids)
+    named = f" with a batch of {count} utterances (inputs {count} x 3, targets {count} x 1; {', '.join(ids)})"
+    with_batch = named if ids else ""
+    assert memory.sentences[-1].startswith(f"update 2 broke off{with_batch}")
+    assert memory.sentences[-1].endswith(
+        f": KeyError; saved at update 2; run the same command again to go on from there; all of it is in "
+        f"{tmp_path / 'crash_report.json'}."
+    )
+    whole = make(max_updates=4)
+    whole.fit(loader)
+    assert torch.equal(weights_of(run(None)), weights_of(whole))
+
+
+@pytest.mark.parametrize("place", ["update", "forward"])
+def test_a_state_that_is_not_whole_or_not_finite_is_not_saved(tmp_path, place):
+    class Spoiling(Broken):
+        def compute_forward(self, batch, stage):
+            if self.update == 2:
+                self.modules.model[0].weight.data[0, 1] = math.inf
+            return super().compute_forward(batch, stage)
+
+    memory = Memory()
+    brain = make(partial(Spoiling, place=place), memory=memory, checkpointer=Checkpointer(tmp_path), max_updates=4)
+    with pytest.raises(KeyError):
+        brain.fit(ListLoader(*[[pairs(0, 4)]] * 5))
+    assert saved_updates(tmp_path) == []
+    reason = {
+        "update": "no checkpoint could be made, as the weights were being changed; there is no earlier checkpoint.",
+        "forward": "no checkpoint is made, as model.0.weight is not finite; there is no earlier checkpoint.",
+    }[place]
+    assert memory.sentences[-1].endswith(reason)
+
+
+def test_a_training_that_went_wrong_is_not_saved(tmp_path):
+    class Poisoned(Regression):
+        poison = range(2, 9)
+
+    memory = Memory()
+    brain = make(Poisoned, memory=memory, checkpointer=Checkpointer(tmp_path), max_updates=9, nonfinite_patience=2)
+    with pytest.raises(DivergenceError, match="the 2nd such update in a row"):
+        brain.fit(ListLoader(*[[pairs(0, 4)]] * 9))
+    assert saved_updates(tmp_path) == []
+    assert "no checkpoint is made of a training that went wrong; there is no earlier" in memory.sentences[-1]
+
+
+@pytest.mark.parametrize("what", ["weight", "optimizer", "buffer"])
+def test_what_is_not_finite_is_named(what):
+    brain = make(max_updates=2)
+    brain.fit(ListLoader([pairs(0, 4)]))
+    model, optimizer = brain.modules.model[0], brain.optimizer
+    assert not_finite(brain.modules, optimizer) is None
+    if what == "weight":
+        model.weight.data[0, 1] = math.inf
+    elif what == "optimizer":
+        optimizer.state[model.weight]["exp_avg"][0, 1] = math.nan
+    else:
+        model.register_buffer("mask", torch.tensor(-math.inf))
+        assert not_finite(brain.modules, optimizer) is None, "an infinity may be meant"
+        model.register_buffer("running", torch.tensor(math.nan))
+    expected = {
+        "weight": "model.0.weight",
+        "optimizer": "the optimizer's exp_avg of model.0.weight",
+        "buffer": "model.0.running",
+    }
+    assert not_finite(brain.modules, optimizer) == expected[what]
 
 
 @pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.VALID])
@@ -597,7 +710,8 @@ def test_memory_that_runs_out_does_not_cost_what_was_trained(tmp_path, stage):
     # In training nothing else is due then that would save.
     interval = 2 if stage is Stage.VALID else 100
     brain = make(Large, checkpointer=Checkpointer(tmp_path), valid_interval_updates=interval)
-    with pytest.raises(torch.OutOfMemoryError):
+    words = r"^memory ran out at a batch of \d utterances \(inputs \d x 3, .*CUDA out of"
+    with pytest.raises(TrainingError, match=words):
         brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(8, 10)]))
     assert saved_updates(tmp_path) == [2]
 

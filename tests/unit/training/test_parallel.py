@@ -111,6 +111,18 @@ def test_finish_gives_back_what_there_was_and_it_can_be_sharded_again():
         assert torch.equal(loss_of(modules), loss_of(expected))
 
 
+def test_tied_weights_stay_tied():
+    torch.manual_seed(1)
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.detach().clone()
+    shards = Shards(nn.ModuleDict({"model": tied}), World(), resolve_device("cpu"))
+    shards.follow_frozen()
+    tied(torch.ones(1, 3)).sum().backward()
+    shards.finish()
+    assert tied[0].weight is tied[1].weight and torch.equal(tied[0].weight, before)
+
+
 def test_a_torch_that_cannot_is_told(monkeypatch):
     from torch.distributed.fsdp import FSDPModule
 

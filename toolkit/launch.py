@@ -1,0 +1,51 @@
+"""torchrun with an exit code that a scheduler can act on.
+
+    python -m toolkit.launch --nproc-per-node=8 train.py hparams/NAME.yaml --key value ...
+
+takes torchrun's options. When a run was told to stop (SIGTERM or SIGUSR1, to this process or to any rank) its ranks
+save and end with code 75; torchrun itself makes a 1 of that, like of any failure, and knows nothing of SIGUSR1, which
+ends it and leaves its ranks alone. Here SIGUSR1 is passed on as SIGTERM, and the code is 75 (130 after Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from toolkit.errors import INTERRUPTED
+
+REQUEUE = 75
+"""As in `toolkit.training.limits`, which is not loaded here: the launcher stays small beside its ranks."""
+
+ENDED_BY_LAUNCHER = -signal.SIGTERM
+"""Code of a rank that was ended because another one had ended."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Launch, and return the exit code: 0, 75, 130, or 1 after torchrun's own report of what failed."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Ranks that are started again need a store without what the first ones left there, also on several nodes.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        run.main(list(argv))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for code in (REQUEUE, INTERRUPTED):
+            if code in codes and codes <= {code, ENDED_BY_LAUNCHER}:
+                return code
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else REQUEUE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""What is left of a run that an error ends: which batch it was, whether the state is worth keeping, a report."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import CheckpointError, DivergenceError, ToolkitError, describe_out_of_memory, is_out_of_memory
+from toolkit.training.distributed import World
+from toolkit.training.folders import write_json
+from toolkit.training.guard import name_some
+from toolkit.training.saving import Saver
+
+REPORT_NAME = "crash_report.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The batch that was worked on; plain values.
+
+    Arguments
+    ---------
+    stage : "train", "valid" or "test".
+    update : index (from 0) of the update, in training; else updates complete.
+    micro : number of the micro-batch in the update, or of the batch in the set; None = between two batches.
+    ids : its utterances.
+    shapes : its tensors by name, with their sizes.
+
+    Example
+    -------
+    >>> Place.of({"waveforms": torch.zeros(2, 800), "ids": ["a", "b"]}, stage="train", update=3, micro=0).words
+    'a batch of 2 utterances (waveforms 2 x 800; a, b)'
+    """
+
+    stage: str
+    update: int
+    micro: int | None = None
+    ids: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any, *, stage: str, update: int, micro: int | None) -> Place:
+        """Where ``batch`` (any object, mapping or sequence with tensors; None = no batch) is worked on."""
+        named = dict(_named_values(batch))
+        shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
+        ids = named.get("ids", ())
+        return cls(stage, update, micro, tuple(map(str, ids)) if isinstance(ids, Sequence) else (), shapes)
+
+    @property
+    def words(self) -> str:
+        """The batch in words; empty without one."""
+        # Sizes of more than one dimension are what memory is made of.
+        wide = {name: shape for name, shape in self.shapes.items() if len(shape) > 1} or self.shapes
+        shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in wide.items())
+        details = "; ".join(part for part in (shapes, name_some(self.ids)) if part)
+        if not details:
+            return ""
+        what = f"a batch of {len(self.ids)} utterance{'s' if len(self.ids) > 1 else ''}" if self.ids else "a batch"
+        return f"{what} ({details})"
+
+
+def _named_values(batch: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a batch by name."""
+    if isinstance(batch, Mapping):
+        yield from ((str(name), value) for name, value in batch.items())
+    elif isinstance(batch, Tensor):
+        yield "tensor", batch
+    elif getattr(batch, "__dict__", None):
+        yield from vars(batch).items()
+    elif isinstance(batch, list | tuple):
+        names = getattr(batch, "_fields", [f"part {index}" for index in range(len(batch))])
+        yield from zip(names, batch, strict=True)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of one rank; plain values, so that the others can be told.
+
+    Arguments
+    ---------
+    rank : whose.
+    kind, sentence : the error's class and words.
+    place : the batch.
+    is_users : whether its sentence is written for the user (a `ToolkitError`).
+    is_stop : whether it only follows from the run having been told to stop.
+    trace : the traceback in lines.
+    """
+
+    rank: int
+    kind: str
+    sentence: str
+    place: Place
+    is_users: bool = False
+    is_stop: bool = False
+    trace: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, error: Exception, *, rank: int, place: Place, is_stop: bool = False) -> Failure:
+        """What ``error`` says; memory that ran out is told with the batch."""
+        sentence = describe_out_of_memory(error, batch=place.words) if is_out_of_memory(error) else str(error)
+        trace = tuple("".join(traceback.format_exception(error)).splitlines())
+        return cls(rank, type(error).__name__, sentence, place, isinstance(error, ToolkitError), is_stop, trace)
+
+
+def write_report(
+    folder: Path | None, failures: Sequence[Failure], *, about: Mapping[str, Any], outcome: str, name: str = REPORT_NAME
+) -> Path | None:
+    """Write what is known into ``folder`` (None: nowhere), and return where; None where it cannot be written."""
+    if folder is None:
+        return None
+    first = failures[0]
+    values = {
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "error": f"{first.kind}: {first.sentence}",
+        "update": first.place.update,
+        "utterances": list(first.place.ids),
+        "batch": {name: list(shape) for name, shape in first.place.shapes.items()},
+        "outcome": outcome,
+        **about,
+        "failures": [asdict(failure) for failure in failures],
+    }
+    try:
+        return write_json(folder / name, values)
+    except OSError:  # a full disk, for one, which is told by the error itself
+        return None
+
+
+def save_crashed(
+    saver: Saver,
+    modules: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+    *,
+    failures: Sequence[Failure],
+    saved_update: int,
+    is_whole: bool,
+) -> str:
+    """Save the state after the last whole update where that can be done and is worth it, and say what was done.
+
+    Arguments
+    ---------
+    failures : what ends the run; where all ranks are here, all give the same.
+    saved_update : the update of the last checkpoint, 0 where there is none.
+    is_whole : whether the state is that after a whole update, on all ranks, and all of them are here (a collective).
+    """
+    update = saver.progress.update
+    counts = f"the checkpoint of update {saved_update} counts" if saved_update else "there is no earlier checkpoint"
+    if saver.checkpointer is None:
+        return "nothing is saved, as this Brain has no checkpointer"
+    if is_whole:
+        try:
+            saver.wait()  # the last one may still be on its way to the disk
+        except Exception as second:  # the error that ends the run is the one to be raised
+            return f"{second} The last sound checkpoint counts"
+    if update == saved_update:
+        return f"{counts}, nothing was trained after it" if saved_update else "no update was complete, nothing is saved"
+    kinds = {failure.kind for failure in failures}
+    if CheckpointError.__name__ in kinds:
+        return "the last sound checkpoint counts"
+    if DivergenceError.__name__ in kinds:
+        return f"no checkpoint is made of a training that went wrong; {counts}"
+    if not is_whole:
+        why = "the other processes were not there to save" if world.size > 1 else "the weights were being changed"
+        return f"no checkpoint could be made, as {why}; {counts}"
+    wrong = next((name for name in world.gather_objects(not_finite(modules, optimizer)) if name), None)
+    if wrong is not None:
+        return f"no checkpoint is made, as {wrong} is not finite; {counts}"
+    try:
+        saver.save()
+    except Exception as second:  # the error that ends the run is the one to be raised
+        return f"a checkpoint could not be made ({second}); {counts}"
+    return f"saved at update {update}; run the same command again to go on from there"
+
+
+def not_finite(modules: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """The first weight or optimizer state that is not finite, by name; None where all are (waits for the device).
+
+    A buffer counts only where it is not a number: an infinity may be meant, in a mask for instance.
+    """
+    names = {}
+    for name, parameter in modules.named_parameters():
+        names[parameter] = name
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            return name
+    for name, buffer in modules.named_buffers():
+        if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
+            return name
+    for parameter, state in ({} if optimizer is None else optimizer.state).items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return f"the optimizer's {key} of {names.get(parameter, 'a weight')}"
+    return None
