@@ -258,7 +258,7 @@ class Loader:
         except (RuntimeError, EOFError, OSError) as error:
             told = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
             # What it had made ready cannot be fetched any more: its memory is handed over by the worker itself.
-            if not told and (isinstance(error, RuntimeError) or not _is_one_dead(workers)):
+            if not told and (isinstance(error, RuntimeError) or not workers or not _is_one_dead(workers)):
                 raise
             self._stream = None
             raise WorkerError(
