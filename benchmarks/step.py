@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from step_variants import MODELS
 
@@ -35,17 +35,19 @@ WORDS = {"ours": "this toolkit", "peer": "{}, as installed", "tuned_peer": "{}, 
 class Variant:
     """A process of `step_variants.py` that makes one step when asked."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, errors: IO[str] | None = None) -> None:
         command = [sys.executable, str(HERE / "step_variants.py"), "--variant", name]
-        for key in ("model", "size", "device", "precision", "batch", "seconds", "length", "threads"):
-            value = getattr(options, key)
+        for key in ("model", "size", "device", "precision", "batch", "seconds", "length", "threads", "compile_mode",
+                    "parallel", "layerdrop"):  # fmt: skip
+            value = getattr(options, key, None)
             command += [f"--{key}", str(value)] if value is not None else []
         self.name = name
         # What importing the toolkit sets before torch is loaded; a user's own process of the peer does without.
         waiting = {} if name == "peer" else {"GOMP_SPINCOUNT": "3000"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **waiting}
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={**os.environ, **waiting},
+        )  # fmt: skip
         self.about = self._read()
         self.steps: list[dict[str, float]] = []
 

@@ -106,7 +106,7 @@ class PeerData2VecAudio(PeerStep):
         for layer in self.teacher.layers[-min(8, size.num_layers) :]:
             layer.feed_forward.register_forward_hook(lambda module, inputs, output: self.ffn_outputs.append(output))
 
-    def prepare(self, waveforms: Tensor) -> Callable[[], float]:
+    def prepare(self, waveforms: Tensor) -> Callable[[], Tensor]:
         """The step as a function that returns the loss per masked frame, its mask drawn."""
         from transformers.models.data2vec import modeling_data2vec_audio as peer
 
@@ -114,7 +114,7 @@ class PeerData2VecAudio(PeerStep):
         mask = peer._compute_mask_indices(shape, self.config.mask_time_prob, self.config.mask_time_length, min_masks=1)
         return functools.partial(self._run, waveforms, torch.as_tensor(mask, device=waveforms.device).bool())
 
-    def _run(self, waveforms: Tensor, mask: Tensor) -> float:
+    def _run(self, waveforms: Tensor, mask: Tensor) -> Tensor:
         loss = self._update(self._loss, waveforms, mask)
         with torch.no_grad():
             for own, students in zip(self.teacher.parameters(), self.model.encoder.encoder.parameters(), strict=True):
@@ -169,7 +169,7 @@ class OurData2VecText(OurStep):
         model = Data2VecText(encoder, mask_id=self.hide.mask_id, top_layers=min(10, size.num_layers))
         super().__init__(model, device, precision, max_grad_norm=TEXT_GRAD_NORM)
 
-    def prepare(self, tokens: Tensor) -> Callable[[], float]:
+    def prepare(self, tokens: Tensor) -> Callable[[], Tensor]:
         """The step as a function that returns the loss per masked token."""
         return functools.partial(self._run, self.hide(tokens), tokens)
 
@@ -200,7 +200,7 @@ class PeerMaskedLM(PeerStep):
         model = transformers.Data2VecTextForMaskedLM(config)
         super().__init__(model, device, precision, max_grad_norm=TEXT_GRAD_NORM)
 
-    def prepare(self, tokens: Tensor) -> Callable[[], float]:
+    def prepare(self, tokens: Tensor) -> Callable[[], Tensor]:
         """The step as a function that returns the loss in nats per masked token."""
         source = self.hide(tokens)
         labels = tokens.masked_fill(source == tokens, IGNORED)

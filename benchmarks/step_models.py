@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2Pretraining
 from toolkit.seeds import Randomness
+from toolkit.training.compilation import compile_modules
 from toolkit.training.devices import Device
 from toolkit.training.distributed import World
-from toolkit.training.optim import build_optimizer
+from toolkit.training.objective import on_device
+from toolkit.training.optim import LossScale, build_optimizer
+from toolkit.training.parallel import make_parallel
 from toolkit.training.step import UpdateStep
 
 OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
@@ -50,6 +53,9 @@ class SpeechSize(Size):
     pos_depth: int = 1
     num_codes: int = 320
     final_dim: int = 256
+    large: bool = False
+    """wav2vec 2.0 LARGE's other settings: layer norm after each convolution, biases, norms before the blocks, no
+    dropout, no penalty."""
 
     def frames(self, samples: int) -> list[int]:
         """Frames after each convolution."""
@@ -76,6 +82,9 @@ class SpeechSize(Size):
 
     def encoder(self, **settings: Any) -> Wav2Vec2Encoder:
         """Our encoder of this size."""
+        if self.large:
+            settings = {"conv_bias": True, "pre_norm": True, "dropout": 0.0, "attention_dropout": 0.0,
+                        "dropout_input": 0.0, "feature_grad_mult": 1.0, **settings}  # fmt: skip
         return Wav2Vec2Encoder(
             conv_layers=self.conv_layers,
             extractor_norm=self.extractor_norm,
@@ -101,8 +110,8 @@ class SpeechSize(Size):
             "intermediate_size": self.ffn_dim,
             "num_attention_heads": self.num_heads,
             "num_conv_pos_embedding_groups": self.pos_groups,
-            "hidden_dropout": 0.1,
-            "attention_dropout": 0.1,
+            "hidden_dropout": 0.0 if self.large else 0.1,
+            "attention_dropout": 0.0 if self.large else 0.1,
             "activation_dropout": 0.0,
             "layerdrop": self.layerdrop,
             "mask_time_prob": 0.65,
@@ -110,19 +119,23 @@ class SpeechSize(Size):
         }
 
 
+TINY = SpeechSize(
+    conv_layers=TINY_CONV,
+    dim=32,
+    num_layers=2,
+    ffn_dim=64,
+    num_heads=2,
+    pos_kernel=16,
+    pos_groups=4,
+    num_codes=8,
+    final_dim=16,
+)
+LARGE_FORM: dict[str, Any] = {"extractor_norm": "layer", "layerdrop": 0.0, "large": True}
 WAV2VEC2_SIZES = {
     "base": SpeechSize(),
-    "tiny": SpeechSize(
-        conv_layers=TINY_CONV,
-        dim=32,
-        num_layers=2,
-        ffn_dim=64,
-        num_heads=2,
-        pos_kernel=16,
-        pos_groups=4,
-        num_codes=8,
-        final_dim=16,
-    ),
+    "large": SpeechSize(dim=1024, num_layers=24, ffn_dim=4096, num_heads=16, final_dim=768, **LARGE_FORM),
+    "tiny": TINY,
+    "tiny_large": replace(TINY, **LARGE_FORM),
 }
 
 
@@ -138,26 +151,38 @@ class OurStep:
 
     def __init__(self, model: nn.Module, device: Device, precision: str, *, max_grad_norm: float | None) -> None:
         self.model = model.to(device.torch_device).train()
-        self.device, self.precision = device, precision
-        optimizer = build_optimizer(self.model, functools.partial(torch.optim.AdamW, **OPTIMIZER))
-        self.step = UpdateStep(optimizer, World(), max_grad_norm=max_grad_norm)
+        self.device, self.precision, self.max_grad_norm = device, precision, max_grad_norm
         self.update = 0
+        self.arrange()
 
-    def prepare(self, batch: Tensor) -> Callable[[], float]:
-        """The step as a function that returns the loss per masked position."""
+    def arrange(self, *, compile_mode: str = "none", parallel: str = "ddp") -> None:
+        """Before the first step: compile the blocks (a mode of torch.compile) and share the model out."""
+        modules = nn.ModuleDict({"model": self.model})
+        sharing = make_parallel(parallel, modules, World(), self.device)
+        optimizer = build_optimizer(self.model, functools.partial(torch.optim.AdamW, **OPTIMIZER))
+        sharing.follow_frozen()
+        scale = LossScale(self.device.torch_device) if self.device.needs_scaler(self.precision) else None
+        self.step = UpdateStep(
+            optimizer, World(), max_grad_norm=self.max_grad_norm, loss_scale=scale, parallel=sharing
+        )
+        if compile_mode != "none":
+            compile_modules(modules, by_block=True, mode=compile_mode)
+
+    def prepare(self, batch: Tensor) -> Callable[[], Tensor]:
+        """The step as a function that returns the loss () per masked position."""
         return functools.partial(self._run, batch, None)
 
-    def _run(self, *inputs: Tensor | None) -> float:
+    def _run(self, *inputs: Tensor | None) -> Tensor:
         rng = Randomness(1).child("update", self.update, 0)
         with self.device.autocast(self.precision):
             out = self.model(*inputs, rng=rng, update=self.update)
         self.step.backward(out.loss_sum)
-        count = torch.tensor(float(out.num_masked), device=self.device.torch_device)
+        count = on_device(out.num_masked, self.device.torch_device)
         result = self.step.finish(self.update, out.loss_sum.detach().float(), count).result
         self.update += 1
         if hasattr(self.model, "finish_update"):  # a teacher moves
             self.model.finish_update(self.update)
-        return float(result.loss_sum / result.count)
+        return result.loss_sum / result.count
 
 
 class PeerStep:
@@ -167,24 +192,35 @@ class PeerStep:
         self.model = model.to(device.torch_device).train()
         self.device, self.precision, self.max_grad_norm = device, precision, max_grad_norm
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **OPTIMIZER)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.needs_scaler(precision))
 
-    def _update(self, loss_of: Callable[..., Tensor], *inputs: Tensor) -> float:
-        """One step on the mean loss that ``loss_of(*inputs)`` gives; returns it."""
+    def arrange(self, *, compile_mode: str = "none", parallel: str = "ddp") -> None:
+        """Before the first step: compile the model; it is not shared out."""
+        if compile_mode != "none":
+            self.model.compile(mode=compile_mode, dynamic=False)
+
+    def _update(self, loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """One step on the mean loss () that ``loss_of(*inputs)`` gives; returns it."""
         with self.device.autocast(self.precision):
             loss = loss_of(*inputs)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return loss.detach()
 
 
 class OurWav2Vec2(OurStep):
     """wav2vec 2.0; drawing masks and negatives is part of the step."""
 
     def __init__(self, size: SpeechSize, device: Device, precision: str) -> None:
-        model = Wav2Vec2Pretraining(size.encoder(), num_codes=size.num_codes, final_dim=size.final_dim)
+        model = Wav2Vec2Pretraining(
+            size.encoder(), num_codes=size.num_codes, final_dim=size.final_dim,
+            dropout_features=0.0 if size.large else 0.1, penalty_weight=0.0 if size.large else 10.0,
+        )  # fmt: skip
         super().__init__(model, device, precision, max_grad_norm=10.0)
 
 
@@ -204,14 +240,17 @@ class PeerWav2Vec2(PeerStep):
             num_codevectors_per_group=size.num_codes,
             codevector_dim=size.final_dim,
             proj_codevector_dim=size.final_dim,
-            feat_proj_dropout=0.1,
-            feat_quantizer_dropout=0.1,
+            feat_proj_dropout=0.0 if size.large else 0.1,
+            feat_quantizer_dropout=0.0 if size.large else 0.1,
+            feat_extract_norm=size.extractor_norm,
+            conv_bias=size.large,
+            do_stable_layer_norm=size.large,
         )
         super().__init__(transformers.Wav2Vec2ForPreTraining(self.config), device, precision, max_grad_norm=10.0)
         self.size = size
 
-    def prepare(self, waveforms: Tensor) -> Callable[[], float]:
-        """The step as a function that returns the loss in nats per masked frame, its masks and negatives drawn."""
+    def prepare(self, waveforms: Tensor) -> Callable[[], Tensor]:
+        """The step as a function that returns the loss () in nats per masked frame, its masks and negatives drawn."""
         from transformers.models.wav2vec2 import modeling_wav2vec2 as peer
 
         shape = (len(waveforms), self.size.frames(waveforms.shape[1])[-1])

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from step_data2vec import (
@@ -27,8 +27,9 @@ from step_data2vec import (
 )
 from step_models import WAV2VEC2_SIZES, OurStep, OurWav2Vec2, PeerStep, PeerWav2Vec2, SpeechSize
 
-from toolkit.training.devices import Device, prepare_process, resolve_device
+from toolkit.training.devices import DTYPES, Device, prepare_process, resolve_device
 from toolkit.training.options import RunOptions
+from toolkit.training.profiling import profile_updates
 
 SAMPLE_RATE = 16000
 
@@ -91,7 +92,7 @@ MODELS = {
 
 def product_rate(device: Device, precision: str) -> float:
     """GFLOP per second of the model's largest kind of product (rows x 3072 x 768), the best of a few."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     rows = 1024 if device.type == "cpu" else 16384
     left = torch.randn(rows, 3072, device=device.torch_device, dtype=dtype)
     right = torch.randn(768, 3072, device=device.torch_device, dtype=dtype)
@@ -107,17 +108,20 @@ def product_rate(device: Device, precision: str) -> float:
 
 
 def main() -> None:
-    """Answer each line on standard input: `step`, `products`, or `profile N`."""
+    """Answer each line on standard input: `step`, `steps N`, `products`, or `profile N`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=["ours", "peer", "tuned_peer"], required=True)
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--size", choices=["base", "tiny"], required=True)
+    parser.add_argument("--size", choices=["base", "large", "tiny", "tiny_large"], required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--precision", required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile_mode", default="none")
+    parser.add_argument("--parallel", default="ddp")
+    parser.add_argument("--layerdrop", type=float)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     options = RunOptions(
@@ -131,7 +135,11 @@ def main() -> None:
     torch.manual_seed(0)
     measured = MODELS[arguments.model]
     build = measured.ours if arguments.variant == "ours" else measured.peer
-    model = build(measured.sizes[arguments.size], device, arguments.precision)
+    size = measured.sizes[arguments.size]
+    if arguments.layerdrop is not None:
+        size = replace(size, layerdrop=arguments.layerdrop)
+    model = build(size, device, arguments.precision)
+    model.arrange(compile_mode=arguments.compile_mode, parallel=arguments.parallel)
     inputs = measured.inputs(arguments).to(device.torch_device)
     print(json.dumps({"said": said, "device": device.name, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
@@ -139,37 +147,47 @@ def main() -> None:
         if command == "products":
             print(json.dumps({"gflops": product_rate(device, arguments.precision)}), flush=True)
         elif command == "profile":
-            _profile(model, inputs, int(rest[0]))
+            print(json.dumps(_profile(model, inputs, device, int(rest[0]))), flush=True)
         else:
-            print(json.dumps(_timed_step(model, inputs, device)), flush=True)
+            steps = int(rest[0]) if command == "steps" else 1
+            print(json.dumps(_timed_steps(model, inputs, device, steps)), flush=True)
 
 
-def _timed_step(model: OurStep | PeerStep, inputs: torch.Tensor, device: Device) -> dict[str, float]:
-    run = model.prepare(inputs)
+def _timed_steps(
+    model: OurStep | PeerStep, inputs: torch.Tensor, device: Device, steps: int
+) -> dict[str, float]:
+    """Means over some steps that nobody waits for in between, as in a run between two rows of its log."""
+    runs = [model.prepare(inputs) for _ in range(steps)]
     device.synchronize()
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
-    loss = run()
+    for run in runs:
+        loss = run()
     device.synchronize()
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "wall": wall,
-        "user": after.ru_utime - before.ru_utime,
-        "kernel": after.ru_stime - before.ru_stime,
+        "wall": wall / steps,
+        "user": (after.ru_utime - before.ru_utime) / steps,
+        "kernel": (after.ru_stime - before.ru_stime) / steps,
         "peak_memory_gb": device.peak_memory_bytes() / 1e9,
-        "loss": loss,
+        "loss": float(loss),
     }
 
 
-def _profile(model: OurStep | PeerStep, inputs: torch.Tensor, steps: int) -> None:
-    """Print time by operator on standard error, then an empty JSON object."""
-    with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            model.prepare(inputs)()
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60)
-    print(table, file=sys.stderr, flush=True)
-    print("{}", flush=True)
+def _profile(model: OurStep | PeerStep, inputs: torch.Tensor, device: Device, steps: int) -> dict[str, object]:
+    """Print time by operation on standard error; returns the three largest costs and how often the host waited."""
+    runs = iter([model.prepare(inputs) for _ in range(steps)])
+    profile, _ = profile_updates(
+        lambda: next(runs)(), updates=steps, synchronize=device.synchronize, on_device=device.type != "cpu"
+    )
+    print(profile.table(), file=sys.stderr, flush=True)
+    return {
+        "step_ms": profile.milliseconds,
+        "busy": profile.busy,
+        "largest": profile.largest(3),
+        "host_waits_per_step": profile.waits,
+    }
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from tests.faults.real_runs import (
 
 FOLDER = Path(__file__).parent
 
+collect_ignore = ["standin"]  # no tests: a plugin, which torch imports where it is on the path
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,7 +22,7 @@ from tests.faults.real_runs import PRETRAINING, TEMPLATE, command_line, digits_w
 LOSS_TOLERANCE = 1e-5
 """Relative. On the CPU the packed, batched forms of toolkit.nn.fast run, on other devices the plain formulas over
 padded batches: the same sums in another order. Seen: 7e-7."""
-NORM_TOLERANCE, LATER_NORM_TOLERANCE = 2e-5, 2e-3
+NORM_TOLERANCE, LATER_NORM_TOLERANCE = 5e-5, 2e-3
 """Relative, of gradient norms: in the first update, and when Adam, which divides by a gradient's own size, has turned
 differences of rounding in the smallest ones into steps. Seen: 9e-6 and 6e-4."""
 BF16_TOLERANCE = 1e-2
@@ -117,6 +117,8 @@ def test_the_second_device_without_a_fused_optimizer(standin: dict[str, str], tm
     """npu:1 of two, an AdamW that is missing there, a worker, pinned memory, validation and test with decoding."""
     values = {**standin, "NPU_STANDIN_DEVICES": "2", "NPU_STANDIN_MISSING": "aten::_fused_adamw_"}
     keys = {"max_updates": 4, "log_interval": 1, "num_workers": 1}
+    # An accelerator draws its dropout itself.
+    keys |= {"encoder_training.dropout": 0, "encoder_training.attention_dropout": 0}
     seen = drive(values, tmp_path, {
         "npu": job(TEMPLATE, digits_words(tmp_path / "npu", device="npu:1", **keys)),
         "cpu": job(TEMPLATE, digits_words(tmp_path / "cpu", device="cpu", **keys), watch=False),
@@ -193,6 +195,9 @@ refused(lambda: torch.randn(2, device="npu", generator=torch.Generator()))
 with Watch() as watch:
     (here.cpu() * 2).to("npu")
 pinned = torch.ones(3).pin_memory()
+view = torch.ones(2, 3, device="npu")
+view[:, 1:] *= torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to("npu")
+assert view.tolist() == [[1.0, 1.0, 2.0], [1.0, 3.0, 4.0]]
 print(json.dumps([said, watch.as_dict(), (here + 1.0).tolist(), pinned.is_pinned(), torch.ones(3).is_pinned()]))
 """
 

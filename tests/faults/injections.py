@@ -164,9 +164,10 @@ def finite_weights(folder: Path) -> None:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what the clock decides."""
+    """The rows of metrics.jsonl without what the clock decides; a test that was made again has the same row again."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [row for number, row in enumerate(rows) if row["stage"] != "test" or row not in rows[:number]]
 
 
 def saved_update(folder: Path) -> int:
@@ -406,7 +407,7 @@ def no_memory(recipe: Recipe, seed: int) -> Iterator[Injected]:
     folder = recipe.folder / "no_memory"
     keys = {"train_manifest": manifest, "max_duration": 2000, "valid_interval_updates": 100}
     (ended,) = run_forked(script, recipe.words(folder, ckpt_interval_updates="null", **keys))
-    expect(ended, 2, "error: memory ran out at a batch of ", f"waveforms 1 x {8000 * seconds}, ", "; long) (",
+    expect(ended, 2, "error: memory ran out at a batch of 1 utterance (waveforms 1 x 19200", "(DefaultCPUAllocator: ",
            "lower batch_seconds or batch_tokens")  # fmt: skip
     if logged_update(folder) != saved_update(folder):
         raise Wrong("the updates before it were not saved")

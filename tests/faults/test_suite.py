@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 @pytest.mark.parametrize(("kind", "seed"), [(Digits, 1), (Data2Vec, 2)])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, kind: type[Recipe], seed: int) -> None:
     injected = list(kills(kind(tmp_path, updates=8), number=3, seed=seed))
-    assert injected and all(one.lost <= 1 for one in injected), injected
+    # the update that is being written beside training, and the one made meanwhile
+    assert injected and all(one.lost <= 2 for one in injected), injected
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -37,7 +39,7 @@ def test_a_fault_costs_nothing_and_is_told(digits: Digits, name: str) -> None:
         pytest.skip("no disk of its own can be mounted here")
     assert len(injected) == KINDS.get(name, 1)
     # what is saved before the end is all that was trained; of a killed run, or a damaged checkpoint, one update is not
-    most = 1 if name in ("ranks killed", "damaged checkpoints", "full disk") else 0
+    most = 2 if name in ("ranks killed", "damaged checkpoints", "full disk") else 0
     assert all((one.lost or 0) <= most for one in injected), injected
 
 
@@ -53,6 +55,7 @@ def test_what_went_wrong_is_counted_and_told(tmp_path: Path, monkeypatch, capsys
         yield Injected("flood", 0)
         yield Injected("storm")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(suite, "FAULTS", {"wrong": wrong, "nothing": nothing, "fine": fine})
     assert suite.main(["--kills", "0", "--json", str(tmp_path / "report.json")]) == 1
     report = json.loads((tmp_path / "report.json").read_text())
@@ -61,7 +64,7 @@ def test_what_went_wrong_is_counted_and_told(tmp_path: Path, monkeypatch, capsys
     assert report["total"]["wrong"] == 1 and report["wrong"] == {"wrong": "all is wet"}
     assert report["could_not_be_injected_here"] == ["nothing"]
     told = capsys.readouterr().out
-    assert "WRONG: wrong: all is wet" in told and told.endswith("wrong results: 1\n")
+    assert "\nWRONG: wrong: all is wet\nwrong results: 1\nthe runs are in " in told
     assert suite.main(["--kills", "0", "--only", "fine"]) == 0
 
 

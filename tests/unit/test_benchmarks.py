@@ -65,6 +65,8 @@ def test_work_of_base(models):
     """Counted by hand, without layerdrop: 14.7 GFLOP a second for the convolutions, 29.7 for the rest at 499 frames."""
     speech = models.SpeechSize(layerdrop=0.0)
     assert speech.gflop(1, 160000) / 10 == pytest.approx(44.4, rel=0.005)
+    # In the paper's crops of 15.6 s attention has more to do.
+    assert speech.gflop(1, 250000) / 15.625 == pytest.approx(46.0, rel=0.005)
     # The teacher's pass is a third of the rest; 7.08 M multiplications a token and layer, and 0.79 M of attention.
     taught = models.SpeechSize(layerdrop=0.0, teacher=True)
     assert taught.gflop(1, 160000) / 10 == pytest.approx(44.4 + 29.7 / 3, rel=0.005)
@@ -78,7 +80,7 @@ def test_the_plain_data2vec_is_data2vec(models):
     peer = models.PeerData2VecAudio(models.DATA2VEC_AUDIO_SIZES["tiny"], device, "fp32")
     waveforms = torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))
     before = [parameter.clone() for parameter in peer.teacher.parameters()]
-    losses = [peer.prepare(waveforms)() for _ in range(8)]
+    losses = [float(peer.prepare(waveforms)()) for _ in range(8)]
     assert all(parameter.grad is None for parameter in peer.teacher.parameters())
     students = list(peer.model.encoder.encoder.parameters())
     # 8 moves by a thousandth of the way each: far less than the student went
@@ -138,3 +140,47 @@ def test_what_a_checkpoint_costs(tmp_path):
         assert result[way]["held_seconds"] > 0 and 0 < result[way]["share_15_minutes"] < 1
         assert 0 < result[way]["share_100_updates"] < 1
     assert result["checkpoint_bytes"] > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> dict:
+    """`accelerator.py` on the CPU in tiny sizes: a case of each kind; all of them would take two minutes."""
+    kinds = ("large bf16 compiled", "reduce-overhead", "fsdp2 compiled")
+    return run_smoke(tmp_path_factory.mktemp("smoke") / "smoke.json", "--cases", *kinds)
+
+
+def run_smoke(output: Path, *arguments: str, **environment: str) -> dict:
+    """The saved document of a smoke run."""
+    script = ROOT / "benchmarks" / "accelerator.py"
+    command = [sys.executable, str(script), "--smoke", "--output", str(output), *arguments]
+    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(output.read_text())
+
+
+def test_cases_for_an_accelerator_run_here_in_small(smoke):
+    names = [result["case"]["name"] for result in smoke["cases"]]
+    assert smoke["smoke"] and smoke["not_run"] == [] and len(names) == 3
+    for result in smoke["cases"]:
+        for name in ("ours", "peer") if result["case"]["peer"] else ("ours",):
+            side = result[name]
+            assert "error" not in side, (result["case"]["name"], side)
+            assert side["audio_seconds_per_second"] > 0 and side["peak_memory_gb"] > 0 and side["tflops"] > 0
+            assert len(side["profile"]["largest"]) == 3
+        assert result["ours"]["share_of_products"] > 0 and ("ratio" in result) == bool(result["case"]["peer"])
+
+
+def test_a_side_that_fails_does_not_end_the_others(tmp_path):
+    """Here transformers is missing; what is noted is the process's last line."""
+    (tmp_path / "transformers.py").write_text("raise ImportError('none of that here')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    document = run_smoke(tmp_path / "out.json", "--cases", "base fp32", PYTHONPATH=path)
+    (result,) = document["cases"]
+    assert result["ours"]["audio_seconds_per_second"] > 0 and "ratio" not in result
+    assert result["peer"] == {"error": "ImportError: none of that here"}
+
+
+def test_when_the_time_is_over_the_rest_is_named(tmp_path):
+    document = run_smoke(tmp_path / "out.json", "--minutes", "0")
+    assert document["cases"] == [] and len(document["not_run"]) == 11

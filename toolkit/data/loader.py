@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -256,8 +257,10 @@ class Loader:
             with _child_handler(lambda *_: _check_workers(workers)) if workers else contextlib.nullcontext():
                 _check_workers(workers)
                 made = next(self._stream)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            told = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+            # What it had made ready cannot be fetched any more: its memory is handed over by the worker itself.
+            if not told and (isinstance(error, RuntimeError) or not workers or not _is_one_dead(workers)):
                 raise
             self._stream = None
             raise WorkerError(
@@ -350,6 +353,16 @@ class _Stream(TorchSampler):
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+def _is_one_dead(workers: Sequence[Any]) -> bool:
+    """Whether one has died, or does so within a second."""
+    deadline = time.monotonic() + 1.0
+    while all(worker.exitcode in (None, 0) for worker in workers):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _check_workers(workers: Sequence[Any]) -> None:

@@ -52,6 +52,8 @@ class TextMasking:
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value!r}, expected a share from 0 to 1.")
+        if not mask_prob:
+            raise ConfigError("mask_prob is 0: nothing would be hidden and nothing learned; expected a share above 0.")
         if keep_prob + random_prob > 1:
             raise ConfigError(f"keep_prob {keep_prob} and random_prob {random_prob} are more than 1 together.")
         if mask_length != int(mask_length) or mask_length < 1:

@@ -38,9 +38,10 @@ class TokenSampler:
 
     Blocks are sorted by length, like ones in random order, and cut into batches whose padded size fits the budget.
     ``G`` micro-batches make an update, the multiple of the world size nearest to ``effective_batch / batch_tokens``
-    (corrected where batches hold much less than their budget), in groups of ``L`` neighbours, so that the ranks have
-    like work at each step and the plan is the same for every world size that divides ``L``. Groups come in random
-    order; what fills no whole group makes a smaller one at the end. Nothing is dropped and nothing comes twice.
+    (corrected where batches hold much less than their budget). They come in random order, so that an update sees all
+    lengths; within an update long ones come first, so that the ranks have like work at each step. The plan is the same
+    for every world size that divides ``G``. The last update of an epoch may hold fewer micro-batches. Nothing is
+    dropped and nothing comes twice.
 
     Arguments
     ---------
@@ -50,9 +51,6 @@ class TokenSampler:
     seed : of the order.
     world_size : number of ranks.
     max_batch_size : blocks in one micro-batch at most; None = only the budget counts.
-    lockstep : L; None = the largest that fits. With the world size an update's micro-batches have all lengths, which
-        matters where length says something of what is to be learned (a class); the plan is then that of one world
-        size.
 
     Raises
     ------
@@ -77,7 +75,6 @@ class TokenSampler:
         seed: int = 0,
         world_size: int = 1,
         max_batch_size: int | None = None,
-        lockstep: int | None = None,
     ) -> None:
         _check_budgets(batch_tokens, effective_batch, world_size, max_batch_size)
         self.durations = _checked_lengths(lengths)
@@ -87,11 +84,11 @@ class TokenSampler:
         self._class = np.searchsorted(edges, self.durations).astype(np.int16)
         self._offsets, self._samples = _cut(edges[np.sort(self._class)[::-1]], budget, max_batch_size)
         self.micros_per_update = micros_per_update(budget, effective_batch, self.world_size)
-        self.lockstep = lockstep_of(self.micros_per_update, self.world_size, lockstep)
         held = self.epoch_tokens / len(self._samples)
         if effective_batch is not None and abs(self.micros_per_update * held - effective_batch) > FAR * effective_batch:
-            # A multiple of the lock-step, so that the plan is still the same for all its world sizes.
-            self.micros_per_update = max(1, round(effective_batch / (held * self.lockstep))) * self.lockstep
+            # A multiple of several world sizes, for all of which the plan is then the same.
+            unit = lockstep_of(self.micros_per_update, self.world_size, None)
+            self.micros_per_update = max(1, round(effective_batch / (held * unit))) * unit
 
     @property
     def accumulation(self) -> int:
@@ -111,7 +108,7 @@ class TokenSampler:
     @property
     def plan_digest(self) -> str:
         """Equal where the epochs' updates hold the same blocks, whatever the number of ranks (hexadecimal)."""
-        content = hashlib.sha256(repr((self.micros_per_update, self.lockstep, self.seed)).encode())
+        content = hashlib.sha256(repr((self.micros_per_update, self.seed)).encode())
         for values in (self._class, self._offsets, self._samples):
             content.update(np.ascontiguousarray(values).tobytes())
         return content.hexdigest()[:16]
@@ -131,10 +128,9 @@ class TokenSampler:
         rng = Randomness(self.seed).numpy("order", int(epoch))
         # Long ones first, like ones shuffled.
         rows = np.lexsort((rng.permutation(len(self._class)), -self._class)).astype(np.int32)
-        batches = np.arange(self.batches_per_epoch)
-        groups = self.batches_per_epoch // self.lockstep
-        turn = (rng.permutation(groups)[:, None] * self.lockstep + np.arange(self.lockstep)).reshape(-1)
-        turn = np.concatenate([turn, batches[groups * self.lockstep :]]).astype(np.int64)
+        turn = rng.permutation(self.batches_per_epoch).astype(np.int64)
+        update = np.arange(len(turn)) // self.micros_per_update
+        turn = turn[np.lexsort((-self._samples[turn], update))]
         sizes = np.diff(self._offsets)
         updates = np.arange(self.updates_per_epoch + 1, dtype=np.int64) * self.micros_per_update
         return EpochPlan(

@@ -253,6 +253,8 @@ class Wav2Vec2Pretraining(nn.Module):
             if noise is None:
                 shape = (len(positions), self.quantizer.num_groups, self.quantizer.num_codes)
                 noise = draw_gumbel_noise(shape, rng.torch(device, "gumbel"))
+                if encoded.masked.order is not None:  # a frame's noise is the same however rows are filled up
+                    noise = noise.index_select(0, encoded.masked.order)
         quantized = self.quantizer(frames, update=update, noise=noise, weights=weights)
         targets = self.target_projection(quantized.vectors)
         predictions = self.final_projection(widened(encoded.features))
@@ -262,7 +264,9 @@ class Wav2Vec2Pretraining(nn.Module):
         )  # fmt: skip
         contrastive = contrastive_loss(logits, weights)
         codes = self.quantizer.num_groups * self.quantizer.num_codes
-        diversity = self.diversity_weight * total * (codes - quantized.prob_perplexity.sum()) / codes
+        # "codes - tensor" would be computed on the host, and stay there, by plugins that have no such operation.
+        unused = -(quantized.prob_perplexity.sum() - codes)
+        diversity = self.diversity_weight * total * unused / codes
         penalty = self.penalty_weight * total * encoded.feature_penalty
         loss = contrastive
         if self.diversity_weight:

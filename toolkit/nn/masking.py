@@ -151,6 +151,8 @@ class MaskedFrames:
         the utterance's first frame.
     weights : (R,) float32 on the device, 1 for a masked frame and 0 for filling; None: nothing was filled up.
     slots : (S,) int64 NumPy array, the row of each masked frame among the R; None: nothing was filled up.
+    order : (R,) int64 on the device, the number (0 to S - 1) of the masked frame in each row, 0 in what fills up; None:
+        nothing was filled up.
     on_device : ``mask`` as a tensor there; None: nothing was filled up.
     """
 
@@ -159,6 +161,7 @@ class MaskedFrames:
     positions: Tensor
     weights: Tensor | None = None
     slots: np.ndarray | None = None
+    order: Tensor | None = None
     on_device: Tensor | None = None
 
     @classmethod
@@ -184,11 +187,13 @@ class MaskedFrames:
         slots = found // frames * capacity + within
         positions = np.repeat(np.arange(batch) * frames, capacity)
         positions[slots] = found
-        weights = np.zeros(batch * capacity, dtype=np.float32)
-        weights[slots] = 1
-        tensors = (to_device(torch.from_numpy(array), device) for array in (positions, weights, host))
-        positions, weights, on_device = tensors
-        return cls(host, tuple(counts.tolist()), positions, weights, slots, on_device)
+        counted = np.zeros(batch * capacity, dtype=bool)
+        counted[slots] = True
+        order = np.zeros(batch * capacity, dtype=np.int64)
+        order[slots] = np.arange(len(found))
+        arrays = (positions, counted, order, host)
+        positions, counted, order, on_device = (to_device(torch.from_numpy(array), device) for array in arrays)
+        return cls(host, tuple(counts.tolist()), positions, counted.float(), slots, order, on_device)
 
     @property
     def row_counts(self) -> tuple[int, ...]:

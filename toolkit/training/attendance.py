@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class Attendance:
     def note(self, action: str) -> None:
         """This rank is about to wait for the others, to ``action``."""
         self._count += 1
-        self._store.set(f"place of {self.rank}", f"{self._count}\n{self.where}\n{action}")
+        # Where the store has gone, so have others: what follows will find that out, and say it.
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"place of {self.rank}", f"{self._count}\n{self.where}\n{action}")
 
     def describe_missing(self) -> str:
         """The ranks that are behind this one, in words; empty where none is known to be."""
@@ -82,7 +85,8 @@ class Attendance:
         found: list[list[Place | None]] = []
 
         def read() -> None:
-            found.append([self._place(rank) for rank in range(self.size)])
+            with contextlib.suppress(RuntimeError):
+                found.append([self._place(rank) for rank in range(self.size)])
 
         # The store's client waits for ever for a server that was stopped.
         reader = threading.Thread(target=read, daemon=True)
@@ -92,12 +96,9 @@ class Attendance:
 
     def _place(self, rank: int) -> Place | None:
         key = f"place of {rank}"
-        try:
-            if not self._store.check([key]):
-                return None
-            count, where, action = self._store.get(key).decode().split("\n")
-        except RuntimeError:
+        if not self._store.check([key]):
             return None
+        count, where, action = self._store.get(key).decode().split("\n")
         return Place(int(count), where, action)
 
 

@@ -123,7 +123,10 @@ class Brain:
             self.world, patience=self.options.nonfinite_patience, folder=self.context.output_folder, say=self.say
         )
         self._profiler = UpdateProfiler(
-            self.context.output_folder if self.options.profile and self.world.is_main else None
+            self.context.output_folder if self.options.profile and self.world.is_main else None,
+            synchronize=self.device_row.synchronize,
+            on_device=self.device_row.type != "cpu",
+            say=self.say,
         )
         self._learning_rate = 0.0
         self._recorded: list[tuple[int, dict[str, Any]]] = []
@@ -634,7 +637,10 @@ class Brain:
         self._parallel.follow_frozen()
         if self.options.compile:
             by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
-            compile_modules(self.modules, by_block=by_block, mode=self.options.compile_mode)
+            how: dict[str, Any] = {"mode": self.options.compile_mode}
+            if self.options.compile_backend is not None:  # modes are inductor's
+                how = {"backend": self.options.compile_backend}
+            compile_modules(self.modules, by_block=by_block, **how)
         self.say(describe_modules(self.modules))
         self.world.at(f"update {self.update + 1}")
         self.on_fit_start()

@@ -134,15 +134,14 @@ class _InWords:
             return
         world, attendance = self.world, self.world.attendance
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        missing = "" if attendance is None else attendance.describe_missing()
         if "timeout" in first.lower() or "timed out" in first.lower():
+            missing = "" if attendance is None else attendance.describe_missing()
             why = (
                 f"{missing + ',' if missing else 'another process'} did not come within {world.timeout_minutes:g} "
                 "minutes; look at its last lines, or raise --distributed_timeout_minutes"
             )
         else:
             why = "another process has ended or the network failed; look at the first error in all logs"
-            why += f" (behind this one: {missing})" if missing else ""
         where = f" in {attendance.where}" if attendance is not None and attendance.where else ""
         raise DeviceError(
             f"process {world.rank} of {world.size} could not {self.action}{where}: {why} ({first})."

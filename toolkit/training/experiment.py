@@ -380,7 +380,8 @@ class Experiment:
         pooled, by_set, rows = MetricSums(), {}, []
         for name, loader in tests.items():
             result: StageResult = brain.evaluate(loader)
-            self.loggers.log({"stage": "test", "update": brain.update, "set": name, **result.metrics})
+            update = brain.saver.weights_update or brain.update
+            self.loggers.log({"stage": "test", "update": update, "set": name, **result.metrics})
             pooled.merge(result.sums)
             by_set[name] = result.metrics
             rows += [{**row, "set": name} if len(tests) > 1 else row for row in result.rows]

@@ -55,9 +55,9 @@ CONSTRUCTOR_ERRORS = (
 MINOR_KEYS = frozenset(
     "device num_workers noprogressbar tensorboard profile test_only log_interval keep_last "
     "keep_best async_save valid_interval_updates ckpt_interval_minutes ckpt_interval_updates threads fast_allocator "
-    "fast_products debug debug_updates debug_batches nonfinite_patience compile compile_blocks compile_mode "
-    "parallel local_rank distributed_backend distributed_timeout_minutes max_bad_share skip_prep test_splits "
-    "valid_splits".split()
+    "fast_products debug debug_updates debug_batches nonfinite_patience compile compile_blocks "
+    "compile_backend compile_mode parallel local_rank distributed_backend distributed_timeout_minutes max_bad_share "
+    "skip_prep test_splits valid_splits".split()
 )
 """Keys that may differ between two parts of one run without making it another run."""
 

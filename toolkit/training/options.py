@@ -61,7 +61,8 @@ class RunOptions:
     max_minutes: float | None = _option(None, "End after so many minutes of training; null: no such limit.")
     num_workers: int = _option(0, "Processes per rank that read and decode audio; 0: none.")
     compile: bool = _option(False, "Compile the model with torch.compile (for accelerators; no gain on a CPU).")
-    compile_blocks: bool = _option(False, "Compile layer by layer: sooner ready; always so with --parallel fsdp2.")
+    compile_blocks: bool = _option(True, "Compile layer by layer, a graph for each shape; always so with fsdp2.")
+    compile_backend: str | None = _option(None, "Backend of torch.compile (hpu_backend, ...); null: torch's own.")
     compile_mode: str = _option("default", "Mode given to torch.compile.")
     threads: int | None = _option(None, "Threads for products on the CPU; null: torch's own choice.")
     fast_allocator: bool = _option(True, "CPU: keep freed memory in the process (glibc), up to twice as fast.")
@@ -84,7 +85,7 @@ class RunOptions:
     test_only: bool = _option(False, "No training: only the evaluation of what the output folder holds.")
     noprogressbar: bool = _option(False, "No progress bar, plain lines instead.")
     tensorboard: bool = _option(False, "Write curves for TensorBoard as well.")
-    profile: bool = _option(False, "Write a profile of a few updates to the output folder.")
+    profile: bool = _option(False, "Profile two updates: table (largest costs first) and trace in output_folder.")
     parallel: Literal["ddp", "fsdp2"] = _option(
         "ddp", "How several processes share the model: ddp = whole on each, fsdp2 = in shards (less memory)."
     )

@@ -44,7 +44,8 @@ class Saver:
     progress : the place of the run.
     say : called with each sentence.
 
-    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted.
+    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted. ``weights_update`` is the update
+    after which the weights that `load_weights` loaded were saved, None before.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Saver:
         self.modules, self.progress, self.say = modules, progress, say
         self.parts: dict[str, Stateful] = {"progress": progress}
         self.on_resume: list[Callable[[], object]] = []
+        self.weights_update: int | None = None
         self._last_save = time.monotonic()
         self._optimizer: torch.optim.Optimizer | None = None
         if checkpointer is not None:
@@ -167,6 +169,7 @@ class Saver:
                 for name, tensor in tensors.items():
                     own[name].copy_(tensor)
             self.say(f"weights: the average of {min(self.options.keep_last, len(found))} checkpoints.")
+            self._place(found[-1].update)
             return True
         path = self.checkpointer.find_best(metric, mode) if which == "best" else None
         path = path or self.checkpointer.find_latest()
@@ -174,7 +177,14 @@ class Saver:
             return False
         self.checkpointer.load(path, names=("model",), resume=False)
         self.say(f"weights: {path.name} ({which}).")
+        self._place(next(info.update for info in found if info.path == path))
         return True
+
+    def _place(self, update: int) -> None:
+        """Remember which weights are loaded; a session without training has no place of its own."""
+        self.weights_update = update
+        if self.progress.update == 0:
+            self.progress.update = update
 
     def _keep_best(self, metrics: Mapping[str, float] | None) -> None:
         """Remember the best validation for the summary: of equal ones the later, as the checkpoints do."""

@@ -21,19 +21,20 @@ def text_train_loader(
     effective_batch: float | None = None,
     num_buckets: int | None = None,
     max_batch_size: int | None = None,
-    lockstep: int | None = None,
     collate: Callable[..., Any] = collate_text,
 ) -> Loader:
     """The training text; what its blocks hold, the plan and the padding are printed.
 
     Arguments
     ---------
-    batch_tokens, effective_batch, max_batch_size, lockstep : as for `TokenSampler`.
+    batch_tokens, effective_batch, max_batch_size : as for `TokenSampler`.
     num_buckets : at most so many shapes (`TokenBucketSampler`), for devices that compile a graph for each; None pads
         least.
     collate : makes a batch.
     """
-    kind = TokenSampler if num_buckets is None else partial(TokenBucketSampler, num_buckets=num_buckets)
+    # In lock-step with the ranks alone, an update of few shapes sees several of them too.
+    buckets = partial(TokenBucketSampler, num_buckets=num_buckets, lockstep=experiment.world.size)
+    kind = TokenSampler if num_buckets is None else buckets
     sampler = kind(
         blocks.lengths,
         batch_tokens=batch_tokens,
@@ -41,7 +42,6 @@ def text_train_loader(
         seed=experiment.options.seed,
         world_size=experiment.world.size,
         max_batch_size=max_batch_size,
-        lockstep=lockstep,
     )
     if not experiment.options.test_only:
         experiment.say(blocks.report())

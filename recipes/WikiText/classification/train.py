@@ -86,7 +86,6 @@ def main(argv: Sequence[str]) -> None:
                 batch_tokens=hparams["batch_tokens"],
                 effective_batch=hparams["effective_batch"],
                 num_buckets=hparams["num_buckets"],
-                lockstep=experiment.world.size,  # long texts may be of one class: an update shall see all lengths
                 collate=collate_labelled,
             )
             brain.fit(train_loader, valid_loader)

@@ -188,6 +188,7 @@ Tensor copy_from_and_resize(const Tensor& source, const Tensor& target) {
 
 const Tensor& resize(const Tensor& tensor, SymIntArrayRef wanted, std::optional<MemoryFormat>) {
   auto sizes = C10_AS_INTARRAYREF_SLOW(wanted);
+  if (tensor.sizes() == sizes) return tensor;  // a view, written in place, keeps its strides
   auto* impl = tensor.unsafeGetTensorImpl();
   size_t bytes = (c10::multiply_integers(sizes) + impl->storage_offset()) * tensor.dtype().itemsize();
   if (bytes > tensor.storage().nbytes()) hooks.resizePrivateUse1Bytes(tensor.storage(), bytes);

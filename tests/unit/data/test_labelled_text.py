@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from tests.recipes.recipe_rows import FIXTURES
 from toolkit.data.labelled_text import (
@@ -15,7 +14,6 @@ from toolkit.data.labelled_text import (
 )
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
 from toolkit.data.text_dictionary import TextDictionary
-from toolkit.data.text_sampler import TokenSampler
 from toolkit.errors import ConfigError, ManifestError
 
 TABLES = FIXTURES / "textcls_tiny"
@@ -160,21 +158,3 @@ def test_a_batch_is_padded_behind_and_keeps_its_lengths_on_the_host(bpe):
     moved = batch.to("meta")
     assert moved.tokens.is_meta and moved.labels.is_meta and not moved.lengths.is_meta and len(moved) == 4
     assert batch.texts == list(rows.texts[:4])
-
-
-def test_in_lockstep_with_the_ranks_an_update_holds_texts_of_all_lengths():
-    lengths = torch.arange(512) % 64 + 1
-
-    def spread(**keys):
-        sampler = TokenSampler(lengths.numpy(), batch_tokens=256, effective_batch=1024, **keys)
-        plan, spreads = sampler.plan(0), []
-        for update in range(plan.num_updates - 1):
-            first, last = plan.update_offsets[update : update + 2].tolist()
-            rows = plan.rows[plan.batch_offsets[first] : plan.batch_offsets[last]]
-            spreads.append(float(lengths[rows].max() - lengths[rows].min()))
-        return sum(spreads) / len(spreads), sorted(plan.rows.tolist())
-
-    alike, rows = spread()
-    mixed, same_rows = spread(lockstep=1)
-    assert rows == same_rows == list(range(512))
-    assert mixed > 2 * alike

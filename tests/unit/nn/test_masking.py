@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolkit.errors import ModelError
-from toolkit.nn.masking import MaskedFrames, check_mask_settings, span_mask, span_positions
+from toolkit.nn.masking import MaskedFrames, check_mask_settings, most_masked, span_mask, span_positions
 from toolkit.seeds import Randomness
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "fairseq_models" / "masks"
@@ -107,3 +107,33 @@ def test_settings_are_refused_in_words():
     with pytest.raises(ModelError) as error:
         check_mask_settings(0.5, 0, "mask_channel")
     assert str(error.value) == "mask_channel_length is 0, expected at least 1 position per span."
+
+
+@pytest.mark.parametrize("size", [2, 3, 11, 50, 499])
+@pytest.mark.parametrize("prob, length, least", [(0.65, 10, 2), (0.0, 10, 2), (1.0, 4, 0), (0.5, 1, 0)])
+def test_no_row_is_masked_more_than_the_bound(size, prob, length, least):
+    bound = most_masked(size, mask_prob=prob, mask_length=length, min_masks=least)
+    lengths = [max(1, size - r % 5) for r in range(100)]
+    mask = span_mask(lengths, size, mask_prob=prob, mask_length=length, min_masks=least, equal_counts=False,
+                     rng=Randomness(4))  # fmt: skip
+    assert mask.sum(1).max() <= bound <= max(size - 1, 0)
+
+
+def test_filled_up_rows_depend_on_the_capacity_alone():
+    """Each utterance's masked frames first, then its first frame with weight 0; values follow their frames."""
+    for mask in ([[0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]):
+        mask = np.array(mask, dtype=bool)
+        masked = MaskedFrames.of(mask, "cpu", capacity=3)
+        assert masked.row_counts == (3, 3, 3) and masked.counts == tuple(mask.sum(1))
+        real = masked.weights > 0
+        assert masked.positions[real].tolist() == np.flatnonzero(mask).tolist()
+        assert masked.positions[~real].remainder(4).tolist() == [0] * int((~real).sum())
+        assert (masked.positions.view(3, 3) // 4 == torch.arange(3)[:, None]).all()
+        values = torch.arange(1, masked.total + 1)
+        assert masked.spread(values)[real].tolist() == values.tolist() and not masked.spread(values)[~real].any()
+        assert masked.order[real].tolist() == list(range(masked.total))
+        assert torch.equal(masked.on_device, torch.from_numpy(mask))
+
+
+def test_more_masked_frames_than_the_capacity_make_room():
+    assert MaskedFrames.of(np.ones((2, 5), dtype=bool), "cpu", capacity=1).row_counts == (5, 5)

@@ -57,3 +57,16 @@ def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(attendance, "ANSWER_SECONDS", 0.05)
     assert "perhaps process 0" in Attendance(Silent(), 1, 2).describe_missing()
     assert Attendance(Silent(), 0, 2).describe_missing() == ""
+
+
+def test_a_store_that_has_gone_hides_no_error():
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            raise dist.DistNetworkError("Broken pipe")
+
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Broken pipe")
+
+    lost = Attendance(Gone(), 1, 2)
+    lost.note("sum gradients")
+    assert "perhaps process 0" in lost.describe_missing()

@@ -394,7 +394,9 @@ def test_the_best_and_the_average_weights_can_be_evaluated(tmp_path):
     brain = make(Watched, checkpointer=checkpointer, max_updates=4, valid_interval_updates=1, opt=_rising_sgd)
     brain.fit(ListLoader([pairs(0, 4)]), ListLoader([pairs(0, 4)]))
     best = brain.progress.best["update"]
+    assert brain.saver.weights_update is None
     assert brain.saver.load_weights("best") and torch.equal(weights_of(brain), seen[best - 1])
+    assert (brain.saver.weights_update, brain.update) == (best, 4)
     assert brain.saver.load_weights("average")
     assert torch.allclose(weights_of(brain), (seen[2] + seen[3]) / 2, atol=1e-7)
     assert brain.saver.load_weights("last") and torch.equal(weights_of(brain), seen[3])

@@ -117,8 +117,8 @@ def test_every_option_has_help_a_type_and_a_fitting_default():
 def test_the_list_of_options_is_a_decision():
     """Changing the command line is a decision: change this list with it, and the README."""
     assert [name for name, _, _ in options_help()] == (
-        "device precision seed max_updates max_minutes num_workers compile compile_blocks compile_mode threads "
-        "fast_allocator fast_products max_grad_norm nonfinite_patience max_bad_share log_interval "
+        "device precision seed max_updates max_minutes num_workers compile compile_blocks compile_backend "
+        "compile_mode threads fast_allocator fast_products max_grad_norm nonfinite_patience max_bad_share log_interval "
         "valid_interval_updates ckpt_interval_minutes ckpt_interval_updates async_save keep_last keep_best debug "
         "debug_updates debug_batches test_only noprogressbar tensorboard profile parallel distributed_backend "
         "distributed_timeout_minutes local_rank"
