@@ -458,7 +458,8 @@ def test_output_folders_that_cannot_be_are_told(tmp_path):
         assert str(caught.value) == words
     with pytest.raises(ConfigError) as caught:
         open_output_folder("/proc/no_such_run")
-    assert str(caught.value).startswith("--output_folder /proc/no_such_run cannot be written: ")
+    words = "--output_folder /proc/no_such_run cannot be made there; choose another folder."
+    assert str(caught.value) == words
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
