@@ -27,11 +27,11 @@ from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
-from toolkit.training.guard import NonFiniteGuard, Seen
+from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
-from toolkit.training.metrics import MetricSums, Number
-from toolkit.training.objective import Objective, Stage, StageResult, on_device
+from toolkit.training.metrics import MetricSums
+from toolkit.training.objective import Objective, Stage, StageResult
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
 from toolkit.training.parallel import Parallel, Replicas, make_parallel, share_weights
@@ -42,6 +42,7 @@ from toolkit.training.schedules import Constant, Schedule
 from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep
 from toolkit.training.streams import close, passed_on, timed
 from toolkit.training.summary import describe_modules
+from toolkit.training.update_sums import UpdateSums
 
 __all__ = ["Brain", "MicroBatches", "Objective", "RunContext", "Stage", "StageResult"]
 
@@ -137,7 +138,7 @@ class Brain:
         self._failures: list[Failure] = []
         self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
-        self._begin_update()
+        self._sums = UpdateSums(self.device)
 
     @property
     def update(self) -> int:
@@ -273,14 +274,10 @@ class Brain:
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""
-        self._amounts.append(self.batch_amount(micro.batch))
+        amount = self.batch_amount(micro.batch)
         objective = self._objective_of(micro.batch, micro.micro)
         self._step.backward(objective.loss_sum)
-        loss_sum, count = on_device(objective.loss_sum, self.device), on_device(objective.count, self.device)
-        self._loss_sum += loss_sum
-        self._count += count
-        self._metrics += [("loss", loss_sum, count), *((name, *pair) for name, pair in objective.metrics.items())]
-        self._seen.append(Seen(micro.micro, tuple(getattr(micro.batch, "ids", ())), loss_sum))
+        self._sums.add(objective, micro=micro.micro, ids=getattr(micro.batch, "ids", ()), amount=amount)
         self.device_row.mark_step()
 
     def _objective_of(self, batch: Any, micro: int) -> Objective:
@@ -309,7 +306,7 @@ class Brain:
                         break
                 elif stop.received and self.world.size == 1:
                     # The unfinished gradient is given up: the next session makes this update from its beginning.
-                    self._begin_update()
+                    self._sums = UpdateSums(self.device)
                     self.on_update_given_up()
                     self._save_and_requeue()
         self.progress.meter.pause()
@@ -357,7 +354,7 @@ class Brain:
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
         if is_whole:
-            self._begin_update()
+            self._sums = UpdateSums(self.device)
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
             if self._is_making:
@@ -385,13 +382,6 @@ class Brain:
         self.saver.save(metrics, wait=wait)
         self._saved_update = self.update
 
-    def _begin_update(self) -> None:
-        self._loss_sum: Tensor = torch.zeros((), device=self.device)
-        self._count: Tensor = torch.zeros((), device=self.device)
-        self._metrics: list[tuple[str, Number, Number]] = []
-        self._seen: list[Seen] = []
-        self._amounts: list[tuple[float, float]] = []
-
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
         assert self.optimizer is not None
@@ -403,7 +393,7 @@ class Brain:
         wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
         self._is_changing = True
         try:
-            finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+            finished = self._step.finish(self.update, self._sums.loss_sum, self._sums.count, wishes)
         except UpdateGivenUp as given_up:
             self._is_changing, self._failures = False, given_up.failures
             first = self._failures[0]
@@ -413,14 +403,11 @@ class Brain:
         self.device_row.mark_step()
         stops, interrupts, saves, total, fails = finished.values
         self._interrupted = interrupts > 0
-        for name, amount, count in self._metrics:
-            progress.add(name, amount, count)
-        for real, padded in self._amounts:
-            progress.meter.add_batch(real, padded)
+        self._sums.hand_over(progress)
         # Every rank has the same norm, so the average over ranks is that norm.
         progress.add("grad_norm", finished.result.grad_norm)
-        self._guard.note(finished.result, self._seen)
-        self._begin_update()
+        self._guard.note(finished.result, self._sums.seen)
+        self._sums = UpdateSums(self.device)
         progress.advance()
         self.world.at(f"update {self.update + 1}")
         progress.length.total = max(int(total), self.update)
@@ -441,7 +428,7 @@ class Brain:
         ends, epoch_ends = progress.length.is_reached(self.update), progress.epoch_update == 0
         if ends or self.update % self.options.log_interval == 0:
             self._log_row()
-        elif self._loss_sum.is_cpu:
+        elif self._sums.loss_sum.is_cpu:
             # Tensors of the host can be read at any time.
             self._guard.check(about=self._about())
         progress.meter.pause()
