@@ -13,19 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.data.units import SECONDS, TOKENS, Unit
-from toolkit.errors import (
-    ConfigError,
-    DeviceError,
-    ModelError,
-    TrainingError,
-    WorkerError,
-    is_out_of_memory,
-)
+from toolkit.errors import ConfigError, DeviceError, ModelError, TrainingError, is_out_of_memory
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
-from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
+from toolkit.training.crash import CurrentWork, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
 from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
@@ -132,10 +125,7 @@ class Brain:
         self._learning_rate = 0.0
         self._recorded: list[tuple[int, dict[str, Any]]] = []
         self._told: set[str] = set()
-        self._saved_update = 0
-        self._at: tuple[Stage, Any] = (Stage.TRAIN, None)
-        self._is_making = self._is_changing = False
-        self._failures: list[Failure] = []
+        self._work = CurrentWork(self.world, self.progress)
         self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
         self._sums = UpdateSums(self.device)
@@ -240,7 +230,7 @@ class Brain:
             if valid_loader is not None and length.finished_limits is None and not self._is_validated():
                 # The last session ended in its last validation.
                 length.mark_finished()
-                self._save(self._validate(valid_loader, self.epoch))
+                self.saver.save(self._validate(valid_loader, self.epoch))
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
@@ -252,7 +242,7 @@ class Brain:
                     self._run_batches(valid_loader, Stage.VALID, max_steps=1)
                 elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
                     # The last session was told to stop just before this validation.
-                    self._save(self._validate(valid_loader, self.epoch))
+                    self.saver.save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
             except _ValidationStopped:
@@ -313,10 +303,10 @@ class Brain:
 
     def _made_micro_batches(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
         """Each micro-batch after its forward and backward; an error in them is told to the other ranks."""
-        self._is_making = True
+        self._work.is_making = True
         try:
             for micro in micro_batches:
-                self._at = (Stage.TRAIN, micro)
+                self._work.begin_batch(Stage.TRAIN, micro)
                 self._tell_bad_audio(micro)
                 lent = self._parallel.lent(micro)
                 with self._parallel.together():
@@ -326,7 +316,8 @@ class Brain:
                         # The others wait for this rank in every block: it goes along, and adds nothing.
                         self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
-                self._at, self._is_making = (Stage.TRAIN, None), True
+                self._work.end_batch()
+                self._work.is_making = True
         except Exception as error:
             # The weights have not changed since the last update. Where each rank holds the whole model, the others come
             # to no other exchange before their gradients are ready: there they learn that this update will not be made,
@@ -334,69 +325,44 @@ class Brain:
             is_ready = self.options.parallel == "ddp" and not isinstance(error, DeviceError)
             if self.world.size > 1 and is_ready:
                 with contextlib.suppress(DeviceError):
-                    self._failures = self._step.give_up(self._failure(error))
+                    self._work.failures = self._step.give_up(self._work.failure(error, self._stop))
             raise
-
-    def _failure(self, error: Exception) -> Failure:
-        """``error`` with the batch that was worked on."""
-        stage, micro = self._at
-        batch, number = (None, None) if micro is None else (micro.batch, micro.micro)
-        place = Place.of(batch, stage=stage.value, update=self.update, micro=number)
-        # What a scheduler tells to stop are often all processes, and the workers go at once.
-        is_stop = isinstance(error, WorkerError) and self._stop.received
-        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop)
 
     def _broken_off(self, error: Exception) -> Exception:
         """Save what was trained, write and tell where it broke off; returns the error to be raised."""
-        is_told = bool(self._failures) or self.world.size == 1
-        failures = self._failures or [self._failure(error)]
-        is_whole = is_told and not self._is_changing
+        failures = self._work.failures or [self._work.failure(error, self._stop)]
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        if is_whole:
+        if self._work.is_whole:
             self._sums = UpdateSums(self.device)
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
-            if self._is_making:
+            if self._work.is_making:
                 self.on_update_given_up()
             if any(failure.is_stop for failure in failures):
                 self._save_and_requeue()
         if self.update == 0 and all(failure.is_users for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
-        outcome = save_crashed(
-            self.saver, self.modules, self.optimizer, self.world,
-            failures=failures, saved_update=self._saved_update, is_whole=is_whole,
-        )  # fmt: skip
-        path = None
-        if self.world.is_main or not is_told:
-            name = REPORT_NAME if self.world.is_main else f"crash_report.rank{self.world.rank}.json"
-            path = write_report(self.context.output_folder, failures, about=self._about(), outcome=outcome, name=name)
-        first = failures[0]
-        where = f" with {first.place.words}" if first.place.words else ""
-        why = "" if first.is_users else f": {first.kind}"
-        report = f"; all of it is in {path}" if path else ""
-        self.say(f"update {self.update} broke off{where}{why}; {outcome}{report}.")
-        return TrainingError(first.sentence) if is_out_of_memory(error) else error
-
-    def _save(self, metrics: Mapping[str, float] | None = None, *, wait: bool = True) -> None:
-        self.saver.save(metrics, wait=wait)
-        self._saved_update = self.update
+        folder, about = self.context.output_folder, self._about()
+        self.say(save_and_report(self.saver, self.optimizer, self._work, failures=failures, folder=folder, about=about))
+        return TrainingError(failures[0].sentence) if is_out_of_memory(error) else error
 
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
         assert self.optimizer is not None
-        progress, self._at = self.progress, (Stage.TRAIN, None)
+        progress, work = self.progress, self._work
+        work.end_batch()
         self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
         wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
-        self._is_changing = True
+        work.is_changing = True
         try:
             finished = self._step.finish(self.update, self._sums.loss_sum, self._sums.count, wishes)
         except UpdateGivenUp as given_up:
-            self._is_changing, self._failures = False, given_up.failures
-            first = self._failures[0]
+            work.is_changing, work.failures = False, given_up.failures
+            first = work.failures[0]
             raise TrainingError(
                 f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
             ) from None
@@ -414,7 +380,7 @@ class Brain:
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         self.on_update_end(finished.result)
-        self._at, self._is_changing, self._is_making = (Stage.TRAIN, None), False, False
+        work.is_changing = work.is_making = False
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
         if fails > 0:
@@ -442,7 +408,7 @@ class Brain:
         if stops and not ends:
             self._save_and_requeue()
         if ends or saves or metrics is not None:
-            self._save(metrics, wait=ends)
+            self.saver.save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
@@ -538,16 +504,16 @@ class Brain:
             close(loader)
         # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
         recorded, failures = [], []
-        mine = None if error is None else self._failure(error)
+        mine = None if error is None else self._work.failure(error, self._stop)
         for rows, failure in self.world.gather_objects((self._recorded, mine)):
             recorded += rows
             failures += [failure] if failure else []
         if failures:
-            self._failures = failures
+            self._work.failures = failures
             if error is None or is_out_of_memory(error):
                 raise TrainingError((mine or failures[0]).sentence) from error
             raise error
-        self._at = (Stage.TRAIN, None)
+        self._work.end_batch()
         self._recorded = []
         reduced = sums.reduce(self.world)
         self.world.at(f"update {self.update + 1}")
@@ -566,7 +532,7 @@ class Brain:
                     break
                 if stage is Stage.VALID and self._stop.received and self.world.size == 1:
                     raise _ValidationStopped
-                self._at = (stage, micro)
+                self._work.begin_batch(stage, micro)
                 self._tell_bad_audio(micro)
                 if micro.batch is None:
                     continue
@@ -616,7 +582,6 @@ class Brain:
         self.saver.add_optimizer(self.optimizer)
         if not self.saver.resume() and isinstance(self._parallel, Replicas):
             share_weights(self.world, self.modules)
-        self._saved_update = self.update
         self.loggers.rewind(self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
@@ -634,7 +599,7 @@ class Brain:
         # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
         interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
         checkpointer = self.saver.checkpointer
-        self._save()
+        self.saver.save()
         self.loggers.pause()
         why = "interrupted" if interrupted else "told to stop"
         if checkpointer is None:

@@ -44,8 +44,9 @@ class Saver:
     progress : the place of the run.
     say : called with each sentence.
 
-    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted. ``weights_update`` is the update
-    after which the weights that `load_weights` loaded were saved, None before.
+    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted. ``saved_update`` is the update of
+    the checkpoint that was saved or resumed last, 0 before. ``weights_update`` is the update after which the weights
+    that `load_weights` loaded were saved, None before.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Saver:
         self.modules, self.progress, self.say = modules, progress, say
         self.parts: dict[str, Stateful] = {"progress": progress}
         self.on_resume: list[Callable[[], object]] = []
+        self.saved_update = 0
         self.weights_update: int | None = None
         self._last_save = time.monotonic()
         self._optimizer: torch.optim.Optimizer | None = None
@@ -95,7 +97,7 @@ class Saver:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         wait = wait or not self.options.async_save
         self.checkpointer.save(self.progress.update, state, dict(metrics or {}), wait=wait)
-        self._last_save = time.monotonic()
+        self._last_save, self.saved_update = time.monotonic(), self.progress.update
 
     def has_failed(self) -> bool:
         """Whether this process could not write in the background; costs nothing."""
@@ -125,6 +127,7 @@ class Saver:
                 warning = part.load_state_dict(state[name])
                 if isinstance(warning, str):
                     self.say(f"warning: {warning}")
+        self.saved_update = self.progress.update
         self.say(f"resumed at update {self.progress.update} (epoch {self.progress.epochs}).")
         for accepted in self.on_resume:
             accepted()
