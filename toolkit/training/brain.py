@@ -20,10 +20,10 @@ from toolkit.training.compilation import compile_modules
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import CurrentWork, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
+from toolkit.training.evaluation import Rows, ValidationStopped, run_set
 from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
-from toolkit.training.metrics import MetricSums
 from toolkit.training.objective import Objective, Stage, StageResult
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
@@ -33,7 +33,7 @@ from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
 from toolkit.training.schedules import Constant, Schedule
 from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep
-from toolkit.training.streams import close, passed_on, timed
+from toolkit.training.streams import close, timed
 from toolkit.training.summary import describe_modules
 from toolkit.training.update_sums import UpdateSums
 
@@ -123,7 +123,7 @@ class Brain:
             say=self.say,
         )
         self._learning_rate = 0.0
-        self._recorded: list[tuple[int, dict[str, Any]]] = []
+        self._recorded: Rows = []
         self._told: set[str] = set()
         self._work = CurrentWork(self.world, self.progress)
         self._parallel: Parallel = Replicas(self.world)
@@ -245,7 +245,7 @@ class Brain:
                     self.saver.save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
-            except _ValidationStopped:
+            except ValidationStopped:
                 self._save_and_requeue()
             except Exception as error:
                 close(train_loader)
@@ -488,61 +488,26 @@ class Brain:
             return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
 
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
-        self.world.at(f"the {stage.value} set, after update {self.update}")
         self.modules.eval()
-        self.rng = None
+        self.rng, self._recorded = None, []
+        result = run_set(
+            loader, stage, lambda micro: self._evaluated(micro, stage), recorded=self._recorded,
+            work=self._work, parallel=self._parallel, stop=self._stop, max_steps=max_steps,
+        )  # fmt: skip
         self._recorded = []
-        sums = MetricSums()
-        error: Exception | None = None
-        try:
-            with self._parallel.held():
-                self._add_batches(sums, loader, stage, max_steps=max_steps)
-        except Exception as caught:
-            error = caught
-        finally:
-            # Where not all was read, workers would wait for nothing.
-            close(loader)
-        # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
-        recorded, failures = [], []
-        mine = None if error is None else self._work.failure(error, self._stop)
-        for rows, failure in self.world.gather_objects((self._recorded, mine)):
-            recorded += rows
-            failures += [failure] if failure else []
-        if failures:
-            self._work.failures = failures
-            if error is None or is_out_of_memory(error):
-                raise TrainingError((mine or failures[0]).sentence) from error
-            raise error
-        self._work.end_batch()
-        self._recorded = []
-        reduced = sums.reduce(self.world)
-        self.world.at(f"update {self.update + 1}")
-        if reduced.nonfinite:
-            self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
-        rows = [row for _, row in sorted(recorded, key=lambda item: item[0])]
-        return StageResult(stage, self.update, reduced.averages(), reduced, rows)
+        if left_out := result.sums.nonfinite:
+            self.say(f"warning: {left_out} sums of the {stage.value} set were not finite and are left out.")
+        return result
 
-    def _add_batches(
-        self, sums: MetricSums, loader: MicroBatches, stage: Stage, *, max_steps: int | None
-    ) -> None:
-        """Add the metrics of this rank's batches to ``sums``."""
-        with contextlib.closing(passed_on(loader.epoch(0))) as micro_batches:
-            for micro in micro_batches:
-                if max_steps is not None and micro.update >= max_steps:
-                    break
-                if stage is Stage.VALID and self._stop.received and self.world.size == 1:
-                    raise _ValidationStopped
-                self._work.begin_batch(stage, micro)
-                self._tell_bad_audio(micro)
-                if micro.batch is None:
-                    continue
-                # The number of the batch in the whole set, whatever rank it came to.
-                self.batch_index = micro.update * self.world.size + micro.micro
-                torch.manual_seed(self.eval_rng().integer("torch"))
-                objective = self.evaluate_batch(self._to_device(micro.batch), stage)
-                sums.add("loss", objective.loss_sum, objective.count)
-                for name, (amount, count) in objective.metrics.items():
-                    sums.add(name, amount, count)
+    def _evaluated(self, micro: Any, stage: Stage) -> Objective | None:
+        """The objective of a batch of VALID or TEST; None where nothing of it could be read."""
+        self._tell_bad_audio(micro)
+        if micro.batch is None:
+            return None
+        # The number of the batch in the whole set, whatever rank it came to.
+        self.batch_index = micro.update * self.world.size + micro.micro
+        torch.manual_seed(self.eval_rng().integer("torch"))
+        return self.evaluate_batch(self._to_device(micro.batch), stage)
 
     def _validate(self, loader: MicroBatches, epoch: int) -> dict[str, float]:
         began = time.monotonic()
@@ -636,7 +601,3 @@ class Brain:
         if sentence not in self._told:
             self._told.add(sentence)
             self.say(sentence)
-
-
-class _ValidationStopped(Exception):
-    """A validation was broken off because the run was told to stop; the next session makes up for it."""
