@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.data.units import SECONDS, TOKENS, Unit
-from toolkit.errors import ConfigError, DeviceError, ModelError, TrainingError, is_out_of_memory
+from toolkit.errors import ConfigError, TrainingError, is_out_of_memory
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
-from toolkit.training.compilation import compile_modules
+from toolkit.training.compilation import compile_as_told
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import CurrentWork, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
@@ -24,7 +25,7 @@ from toolkit.training.evaluation import Rows, ValidationStopped, run_set
 from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
-from toolkit.training.objective import Objective, Stage, StageResult
+from toolkit.training.objective import Objective, Stage, StageResult, as_objective, batch_on_device
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
 from toolkit.training.parallel import Parallel, Replicas, make_parallel, share_weights
@@ -113,18 +114,17 @@ class Brain:
         self.saver = Saver(checkpointer, self.options, self.modules, self.progress, self.say)
         self.rng: Randomness | None = None
         self.batch_index = 0
-        self._guard = NonFiniteGuard(
-            self.world, patience=self.options.nonfinite_patience, folder=self.context.output_folder, say=self.say
-        )
+        folder, patience = self.context.output_folder, self.options.nonfinite_patience
+        self._guard = NonFiniteGuard(self.world, patience=patience, folder=folder, say=self.say)
         self._profiler = UpdateProfiler(
-            self.context.output_folder if self.options.profile and self.world.is_main else None,
+            folder if self.options.profile and self.world.is_main else None,
             synchronize=self.device_row.synchronize,
             on_device=self.device_row.type != "cpu",
             say=self.say,
         )
         self._learning_rate = 0.0
         self._recorded: Rows = []
-        self._told: set[str] = set()
+        self._say_once = functools.cache(self.say)  # the first time: later ones find it in the cache
         self._work = CurrentWork(self.world, self.progress)
         self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
@@ -225,9 +225,9 @@ class Brain:
         self._parallel = self._parallel.finish()
 
     def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
-        length = self.progress.length
+        progress, length = self.progress, self.progress.length
         if length.is_reached(self.update):
-            if valid_loader is not None and length.finished_limits is None and not self._is_validated():
+            if valid_loader is not None and length.finished_limits is None and not progress.is_validated:
                 # The last session ended in its last validation.
                 length.mark_finished()
                 self.saver.save(self._validate(valid_loader, self.epoch))
@@ -240,13 +240,13 @@ class Brain:
                 if self.update == 0 and valid_loader is not None:
                     # One batch now, so that a mistake in the validation shows in the first minute, not after an epoch.
                     self._run_batches(valid_loader, Stage.VALID, max_steps=1)
-                elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
+                elif valid_loader is not None and progress.is_valid_due(self.options) and not progress.is_validated:
                     # The last session was told to stop just before this validation.
                     self.saver.save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
             except ValidationStopped:
-                self._save_and_requeue()
+                self._save_and_stop()
             except Exception as error:
                 close(train_loader)
                 told = self._broken_off(error)
@@ -275,19 +275,22 @@ class Brain:
         self.rng = Randomness(self.options.seed).child("update", self.update, micro)
         # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
         torch.manual_seed(self.rng.integer("torch"))
-        batch = self._to_device(batch)
+        return self._objective(batch_on_device(batch, self.device), Stage.TRAIN)
+
+    def _objective(self, batch: Any, stage: Stage) -> Objective:
+        """Forward and objective of a batch on the device."""
         with self.device_row.autocast(self.precision):
-            predictions = self.compute_forward(batch, Stage.TRAIN)
-            return self._as_objective(self.compute_objectives(predictions, batch, Stage.TRAIN), batch)
+            predictions = self.compute_forward(batch, stage)
+            returned = self.compute_objectives(predictions, batch, stage)
+            return as_objective(returned, batch, owner=type(self).__name__, tell=self._say_once)
 
     def _train_epoch(self, train_loader: MicroBatches, valid_loader: MicroBatches | None, stop: StopSignal) -> None:
         epoch = self.epoch
         self.on_stage_start(Stage.TRAIN, epoch)
         self.modules.train()
         self.progress.meter.start()
-        with contextlib.closing(
-            timed(train_loader.epoch(epoch, self.progress.epoch_update), self.progress.meter)
-        ) as micro_batches:
+        rest = train_loader.epoch(epoch, self.progress.epoch_update)
+        with contextlib.closing(timed(rest, self.progress.meter)) as micro_batches:
             for micro in self._made_micro_batches(micro_batches):
                 if micro.last:
                     stops, saves = self._finish_update(stop)
@@ -298,7 +301,7 @@ class Brain:
                     # The unfinished gradient is given up: the next session makes this update from its beginning.
                     self._sums = UpdateSums(self.device)
                     self.on_update_given_up()
-                    self._save_and_requeue()
+                    self._save_and_stop()
         self.progress.meter.pause()
 
     def _made_micro_batches(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
@@ -319,13 +322,8 @@ class Brain:
                 self._work.end_batch()
                 self._work.is_making = True
         except Exception as error:
-            # The weights have not changed since the last update. Where each rank holds the whole model, the others come
-            # to no other exchange before their gradients are ready: there they learn that this update will not be made,
-            # and all can save what was. Shards are exchanged block by block, where nothing can be told.
-            is_ready = self.options.parallel == "ddp" and not isinstance(error, DeviceError)
-            if self.world.size > 1 and is_ready:
-                with contextlib.suppress(DeviceError):
-                    self._work.failures = self._step.give_up(self._work.failure(error, self._stop))
+            if self.options.parallel == "ddp":  # shards are exchanged block by block, where nothing can be told
+                self._work.tell(error, self._stop, self._step)
             raise
 
     def _broken_off(self, error: Exception) -> Exception:
@@ -340,7 +338,7 @@ class Brain:
             if self._work.is_making:
                 self.on_update_given_up()
             if any(failure.is_stop for failure in failures):
-                self._save_and_requeue()
+                self._save_and_stop()
         if self.update == 0 and all(failure.is_users for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
         folder, about = self.context.output_folder, self._about()
@@ -356,18 +354,15 @@ class Brain:
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
-        wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
+        total = progress.length.total_after(self.update + 1, self.options.log_interval)
+        wishes += [main * total, float(self.saver.has_failed())]
         work.is_changing = True
         try:
             finished = self._step.finish(self.update, self._sums.loss_sum, self._sums.count, wishes)
         except UpdateGivenUp as given_up:
-            work.is_changing, work.failures = False, given_up.failures
-            first = work.failures[0]
-            raise TrainingError(
-                f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
-            ) from None
+            raise work.given_up(given_up.failures) from None
         self.device_row.mark_step()
-        stops, interrupts, saves, total, fails = finished.values
+        stops, interrupts, saves, agreed_total, fails = finished.values
         self._interrupted = interrupts > 0
         self._sums.hand_over(progress)
         # Every rank has the same norm, so the average over ranks is that norm.
@@ -376,7 +371,7 @@ class Brain:
         self._sums = UpdateSums(self.device)
         progress.advance()
         self.world.at(f"update {self.update + 1}")
-        progress.length.total = max(int(total), self.update)
+        progress.length.total = max(int(agreed_total), self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         self.on_update_end(finished.result)
@@ -401,34 +396,18 @@ class Brain:
         if ends or epoch_ends:
             self.on_stage_end(Stage.TRAIN, progress.end_epoch(), epoch)
         metrics = None
-        if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
+        if valid_loader is not None and (ends or (progress.is_valid_due(self.options) and not stops)):
             metrics = self._validate(valid_loader, epoch)
         if ends:
             progress.length.mark_finished()
         if stops and not ends:
-            self._save_and_requeue()
+            self._save_and_stop()
         if ends or saves or metrics is not None:
             self.saver.save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
         progress.meter.start()
-
-    def _is_valid_due(self) -> bool:
-        every = self.options.valid_interval_updates
-        return self.progress.epoch_update == 0 if every is None else self.update % every == 0
-
-    def _is_validated(self) -> bool:
-        return self.progress.final.get("valid", {}).get("update") == self.update
-
-    def _estimated_total(self) -> int:
-        """Total number of updates as this process sees it with the current update done."""
-        length, done = self.progress.length, self.update + 1
-        if length.is_over_time():
-            return done
-        is_power_of_two = done & (done - 1) == 0
-        # Often at first, when little is known about the pace, later with the rows of the log.
-        return length.estimate(done) if is_power_of_two or done % self.options.log_interval == 0 else length.total
 
     def _log_row(self) -> None:
         """One row of the log; here, and only here, training waits for the device."""
@@ -439,21 +418,14 @@ class Brain:
         if self._guard.total:
             extra["skipped_updates"] = self._guard.total
         row = self.progress.take_row(extra)
-        self.progress.final["train"] = row
         self.loggers.log(row)
         for warning in self.health.check(row):
             self.say(f"warning: {warning}")
 
     def _about(self) -> dict[str, Any]:
         """Facts for a crash report."""
-        return {
-            "epoch": self.progress.epochs,
-            "learning_rate": self._learning_rate,
-            "precision": self.precision,
-            "device": str(self.device),
-            "world_size": self.world.size,
-            "options": self.options.as_dict(),
-        }
+        facts = {"epoch": self.progress.epochs, "learning_rate": self._learning_rate, "precision": self.precision}
+        return facts | {"device": str(self.device), "world_size": self.world.size, "options": self.options.as_dict()}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -476,16 +448,14 @@ class Brain:
         if max_key or min_key:
             self.saver.load_weights("best", metric=max_key or min_key, mode="max" if max_key else "min")
         self.on_stage_start(stage, self.epoch)
-        result = self._run_batches(test_loader, stage, max_steps=self._max_steps())
-        extra = self.on_stage_end(stage, dict(result.metrics), self.epoch) or {}
-        result.metrics.update(extra)
+        result = self._run_batches(test_loader, stage, max_steps=self.options.max_eval_steps)
+        result.metrics.update(self.on_stage_end(stage, dict(result.metrics), self.epoch) or {})
         return result
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Objective:
         """Forward and objective of one batch (on the device), without gradients."""
-        with torch.no_grad(), self.device_row.autocast(self.precision):
-            predictions = self.compute_forward(batch, stage)
-            return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
+        with torch.no_grad():
+            return self._objective(batch, stage)
 
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
         self.modules.eval()
@@ -507,42 +477,31 @@ class Brain:
         # The number of the batch in the whole set, whatever rank it came to.
         self.batch_index = micro.update * self.world.size + micro.micro
         torch.manual_seed(self.eval_rng().integer("torch"))
-        return self.evaluate_batch(self._to_device(micro.batch), stage)
+        return self.evaluate_batch(batch_on_device(micro.batch, self.device), stage)
 
     def _validate(self, loader: MicroBatches, epoch: int) -> dict[str, float]:
         began = time.monotonic()
         self.on_stage_start(Stage.VALID, epoch)
-        metrics = dict(self._run_batches(loader, Stage.VALID, max_steps=self._max_steps()).metrics)
+        metrics = dict(self._run_batches(loader, Stage.VALID, max_steps=self.options.max_eval_steps).metrics)
         metrics.update(self.on_stage_end(Stage.VALID, dict(metrics), epoch) or {})
         self.progress.length.reserve = time.monotonic() - began
-        row = {"stage": "valid", "update": self.update, "epoch": self.progress.epochs, **metrics}
-        self.loggers.log(row)
-        self.progress.final["valid"] = row
+        self.loggers.log(self.progress.valid_row(metrics))
         return metrics
-
-    def _max_steps(self) -> int | None:
-        return self.options.debug_batches if self.options.debug else None
 
     # ---- small parts -------------------------------------------------------------------------------------------------
 
     def _prepare_fit(self, train_loader: MicroBatches) -> None:
         self.progress.length.require_limit()
-        self.progress.updates_per_epoch = train_loader.updates_per_epoch
-        self.progress.plan_digest = getattr(train_loader, "plan_digest", "")
-        if self.progress.updates_per_epoch < 1:
-            raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
+        self.progress.plan(train_loader)
         self._parallel = make_parallel(self.options.parallel, self.modules, self.world, self.device_row)
         self.optimizer = self.init_optimizers()
         if self.device_row.needs_scaler(self.precision):
             self.loss_scale = LossScale(self.device)
             self.saver.add("loss_scale", self.loss_scale)
         self._step = UpdateStep(
-            self.optimizer,
-            self.world,
-            max_grad_norm=self.options.max_grad_norm,
-            loss_scale=self.loss_scale,
-            parallel=self._parallel,
-        )
+            self.optimizer, self.world, max_grad_norm=self.options.max_grad_norm,
+            loss_scale=self.loss_scale, parallel=self._parallel,
+        )  # fmt: skip
         self.saver.add("guard", self._guard)
         self.saver.add_optimizer(self.optimizer)
         if not self.saver.resume() and isinstance(self._parallel, Replicas):
@@ -550,54 +509,16 @@ class Brain:
         self.loggers.rewind(self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
-        if self.options.compile:
-            by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
-            how: dict[str, Any] = {"mode": self.options.compile_mode}
-            if self.options.compile_backend is not None:  # modes are inductor's
-                how = {"backend": self.options.compile_backend}
-            compile_modules(self.modules, by_block=by_block, **how)
+        compile_as_told(self.modules, self.options)
         self.say(describe_modules(self.modules))
         self.world.at(f"update {self.update + 1}")
         self.on_fit_start()
 
-    def _save_and_requeue(self) -> None:
+    def _save_and_stop(self) -> NoReturn:
         # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
         interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
-        checkpointer = self.saver.checkpointer
-        self.saver.save()
-        self.loggers.pause()
-        why = "interrupted" if interrupted else "told to stop"
-        if checkpointer is None:
-            self.say(f"{why} at update {self.update}; nothing is saved, as this Brain has no checkpointer.")
-        else:
-            # Whoever sits at the terminal wants to know what Ctrl-C has left, and where.
-            where = f" in {checkpointer.folder}" if interrupted else ""
-            self.say(f"{why}: saved at update {self.update}{where}; run the same command again to go on.")
-        raise Interrupted if interrupted else Requeue
-
-    def _to_device(self, batch: Any) -> Any:
-        """The batch on the device; copies from pinned memory run beside the computation."""
-        return batch.to(self.device, non_blocking=True) if hasattr(batch, "to") else batch
-
-    def _as_objective(self, objective: Objective | Tensor, batch: Any) -> Objective:
-        if isinstance(objective, Objective):
-            return objective
-        if not isinstance(objective, Tensor) or objective.ndim != 0:
-            raise ModelError(
-                f"compute_objectives of {type(self).__name__} returned {type(objective).__name__}, expected an "
-                "Objective or a scalar tensor with the mean loss."
-            )
-        self._say_once(
-            "compute_objectives returned a mean loss; it is weighted by the number of items in the batch. Return an "
-            "Objective(loss_sum, count) where targets differ in number."
-        )
-        return Objective(objective * len(batch), len(batch))
+        self.saver.save_and_stop(interrupted=interrupted, pause=self.loggers.pause)
 
     def _tell_bad_audio(self, micro: Any) -> None:
         for name, sentence in micro.bad:
             self._say_once(f"left out {name}: {sentence.removeprefix(f'utterance {name}: ')}")
-
-    def _say_once(self, sentence: str) -> None:
-        if sentence not in self._told:
-            self._told.add(sentence)
-            self.say(sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from toolkit.errors import (
     CheckpointError,
+    DeviceError,
     DivergenceError,
     ToolkitError,
+    TrainingError,
     WorkerError,
     describe_out_of_memory,
     is_out_of_memory,
@@ -27,6 +30,7 @@ from toolkit.training.limits import StopSignal
 from toolkit.training.objective import Stage
 from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
+from toolkit.training.step import UpdateStep
 
 REPORT_NAME = "crash_report.json"
 
@@ -163,6 +167,23 @@ class CurrentWork:
     def is_whole(self) -> bool:
         """Whether the state is that after a whole update, on all ranks, and all of them are here (for a collective)."""
         return self.all_were_told and not self.is_changing
+
+    def given_up(self, failures: list[Failure]) -> TrainingError:
+        """Other ranks have given the update up, and nothing was changed by it; returns the error that ends this one."""
+        self.failures, self.is_changing = failures, False
+        first = failures[0]
+        return TrainingError(f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}")
+
+    def tell(self, error: Exception, stop: StopSignal, step: UpdateStep) -> None:
+        """Tell the other ranks of an error before the update's gradients were ready, and hear of theirs.
+
+        The weights have not changed since the last update. Where each rank holds the whole model, the others come to no
+        other exchange before their gradients are ready: there they learn that this update will not be made, and all
+        can save what was.
+        """
+        if self.world.size > 1 and not isinstance(error, DeviceError):
+            with contextlib.suppress(DeviceError):
+                self.failures = step.give_up(self.failure(error, stop))
 
     def failure(self, error: Exception, stop: StopSignal) -> Failure:
         """``error`` with the batch that is worked on; ``stop`` says whether the run was told to stop."""

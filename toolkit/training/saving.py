@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.limits import Interrupted, Requeue
 from toolkit.training.options import RunOptions
 from toolkit.training.progress import Progress
 
@@ -112,6 +113,29 @@ class Saver:
         """Wait for what this process is writing, without the others."""
         if self.checkpointer is not None:
             self.checkpointer.close()
+
+    def save_and_stop(self, *, interrupted: bool, pause: Callable[[], None]) -> NoReturn:
+        """Save the run, which was told to stop (a collective), say so and end it.
+
+        Arguments
+        ---------
+        interrupted : it was told by Ctrl-C.
+        pause : ends the progress bar, before anything is said.
+
+        Raises
+        ------
+        Interrupted, Requeue : always the one or the other.
+        """
+        self.save()
+        pause()
+        why, update = "interrupted" if interrupted else "told to stop", self.progress.update
+        if self.checkpointer is None:
+            self.say(f"{why} at update {update}; nothing is saved, as this Brain has no checkpointer.")
+        else:
+            # Whoever sits at the terminal wants to know what Ctrl-C has left, and where.
+            where = f" in {self.checkpointer.folder}" if interrupted else ""
+            self.say(f"{why}: saved at update {update}{where}; run the same command again to go on.")
+        raise Interrupted if interrupted else Requeue
 
     def resume(self) -> bool:
         """Go on from the last valid checkpoint; False if there is none."""
