@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.data.units import SECONDS, TOKENS, Unit
-from toolkit.errors import (
-    ConfigError,
-    DeviceError,
-    ModelError,
-    TrainingError,
-    WorkerError,
-    is_out_of_memory,
-)
+from toolkit.errors import ConfigError, TrainingError, is_out_of_memory
 from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
-from toolkit.training.compilation import compile_modules
+from toolkit.training.compilation import compile_as_told
 from toolkit.training.context import MicroBatches, RunContext
-from toolkit.training.crash import REPORT_NAME, Failure, Place, save_crashed, write_report
+from toolkit.training.crash import CurrentWork, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
-from toolkit.training.guard import NonFiniteGuard, Seen
+from toolkit.training.evaluation import Rows, ValidationStopped, run_set
+from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
 from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
-from toolkit.training.metrics import MetricSums, Number
-from toolkit.training.objective import Objective, Stage, StageResult, on_device
+from toolkit.training.objective import Objective, Stage, StageResult, as_objective, batch_on_device
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
 from toolkit.training.parallel import Parallel, Replicas, make_parallel, share_weights
@@ -40,8 +34,9 @@ from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
 from toolkit.training.schedules import Constant, Schedule
 from toolkit.training.step import StepResult, UpdateGivenUp, UpdateStep
-from toolkit.training.streams import close, passed_on, timed
+from toolkit.training.streams import close, timed
 from toolkit.training.summary import describe_modules
+from toolkit.training.update_sums import UpdateSums
 
 __all__ = ["Brain", "MicroBatches", "Objective", "RunContext", "Stage", "StageResult"]
 
@@ -119,25 +114,21 @@ class Brain:
         self.saver = Saver(checkpointer, self.options, self.modules, self.progress, self.say)
         self.rng: Randomness | None = None
         self.batch_index = 0
-        self._guard = NonFiniteGuard(
-            self.world, patience=self.options.nonfinite_patience, folder=self.context.output_folder, say=self.say
-        )
+        folder, patience = self.context.output_folder, self.options.nonfinite_patience
+        self._guard = NonFiniteGuard(self.world, patience=patience, folder=folder, say=self.say)
         self._profiler = UpdateProfiler(
-            self.context.output_folder if self.options.profile and self.world.is_main else None,
+            folder if self.options.profile and self.world.is_main else None,
             synchronize=self.device_row.synchronize,
             on_device=self.device_row.type != "cpu",
             say=self.say,
         )
         self._learning_rate = 0.0
-        self._recorded: list[tuple[int, dict[str, Any]]] = []
-        self._told: set[str] = set()
-        self._saved_update = 0
-        self._at: tuple[Stage, Any] = (Stage.TRAIN, None)
-        self._is_making = self._is_changing = False
-        self._failures: list[Failure] = []
+        self._recorded: Rows = []
+        self._say_once = functools.cache(self.say)  # the first time: later ones find it in the cache
+        self._work = CurrentWork(self.world, self.progress)
         self._parallel: Parallel = Replicas(self.world)
         self._stop, self._interrupted = StopSignal(), False
-        self._begin_update()
+        self._sums = UpdateSums(self.device)
 
     @property
     def update(self) -> int:
@@ -236,12 +227,12 @@ class Brain:
         self._parallel = self._parallel.finish()
 
     def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
-        length = self.progress.length
+        progress, length = self.progress, self.progress.length
         if length.is_reached(self.update):
-            if valid_loader is not None and length.finished_limits is None and not self._is_validated():
+            if valid_loader is not None and length.finished_limits is None and not progress.is_validated:
                 # The last session ended in its last validation.
                 length.mark_finished()
-                self._save(self._validate(valid_loader, self.epoch))
+                self.saver.save(self._validate(valid_loader, self.epoch))
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
@@ -251,13 +242,13 @@ class Brain:
                 if self.update == 0 and valid_loader is not None:
                     # One batch now, so that a mistake in the validation shows in the first minute, not after an epoch.
                     self._run_batches(valid_loader, Stage.VALID, max_steps=1)
-                elif valid_loader is not None and self._is_valid_due() and not self._is_validated():
+                elif valid_loader is not None and progress.is_valid_due(self.options) and not progress.is_validated:
                     # The last session was told to stop just before this validation.
-                    self._save(self._validate(valid_loader, self.epoch))
+                    self.saver.save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
-            except _ValidationStopped:
-                self._save_and_requeue()
+            except ValidationStopped:
+                self._save_and_stop()
             except Exception as error:
                 close(train_loader)
                 told = self._broken_off(error)
@@ -275,14 +266,10 @@ class Brain:
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""
-        self._amounts.append(self.batch_amount(micro.batch))
+        amount = self.batch_amount(micro.batch)
         objective = self._objective_of(micro.batch, micro.micro)
         self._step.backward(objective.loss_sum)
-        loss_sum, count = on_device(objective.loss_sum, self.device), on_device(objective.count, self.device)
-        self._loss_sum += loss_sum
-        self._count += count
-        self._metrics += [("loss", loss_sum, count), *((name, *pair) for name, pair in objective.metrics.items())]
-        self._seen.append(Seen(micro.micro, tuple(getattr(micro.batch, "ids", ())), loss_sum))
+        self._sums.add(objective, micro=micro.micro, ids=getattr(micro.batch, "ids", ()), amount=amount)
         self.device_row.mark_step()
 
     def _objective_of(self, batch: Any, micro: int) -> Objective:
@@ -290,19 +277,22 @@ class Brain:
         self.rng = Randomness(self.options.seed).child("update", self.update, micro)
         # Users' own modules draw from torch's generator; at a given place of the run it always stands the same.
         torch.manual_seed(self.rng.integer("torch"))
-        batch = self._to_device(batch)
+        return self._objective(batch_on_device(batch, self.device), Stage.TRAIN)
+
+    def _objective(self, batch: Any, stage: Stage) -> Objective:
+        """Forward and objective of a batch on the device."""
         with self.device_row.autocast(self.precision):
-            predictions = self.compute_forward(batch, Stage.TRAIN)
-            return self._as_objective(self.compute_objectives(predictions, batch, Stage.TRAIN), batch)
+            predictions = self.compute_forward(batch, stage)
+            returned = self.compute_objectives(predictions, batch, stage)
+            return as_objective(returned, batch, owner=type(self).__name__, tell=self._say_once)
 
     def _train_epoch(self, train_loader: MicroBatches, valid_loader: MicroBatches | None, stop: StopSignal) -> None:
         epoch = self.epoch
         self.on_stage_start(Stage.TRAIN, epoch)
         self.modules.train()
         self.progress.meter.start()
-        with contextlib.closing(
-            timed(train_loader.epoch(epoch, self.progress.epoch_update), self.progress.meter)
-        ) as micro_batches:
+        rest = train_loader.epoch(epoch, self.progress.epoch_update)
+        with contextlib.closing(timed(rest, self.progress.meter)) as micro_batches:
             for micro in self._made_micro_batches(micro_batches):
                 if micro.last:
                     stops, saves = self._finish_update(stop)
@@ -311,17 +301,17 @@ class Brain:
                         break
                 elif stop.received and self.world.size == 1:
                     # The unfinished gradient is given up: the next session makes this update from its beginning.
-                    self._begin_update()
+                    self._sums = UpdateSums(self.device)
                     self.on_update_given_up()
-                    self._save_and_requeue()
+                    self._save_and_stop()
         self.progress.meter.pause()
 
     def _made_micro_batches(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
         """Each micro-batch after its forward and backward; an error in them is told to the other ranks."""
-        self._is_making = True
+        self._work.is_making = True
         try:
             for micro in micro_batches:
-                self._at = (Stage.TRAIN, micro)
+                self._work.begin_batch(Stage.TRAIN, micro)
                 self._tell_bad_audio(micro)
                 lent = self._parallel.lent(micro)
                 with self._parallel.together():
@@ -331,105 +321,63 @@ class Brain:
                         # The others wait for this rank in every block: it goes along, and adds nothing.
                         self._step.backward(self._objective_of(*lent).loss_sum * 0)
                 yield micro
-                self._at, self._is_making = (Stage.TRAIN, None), True
+                self._work.end_batch()
+                self._work.is_making = True
         except Exception as error:
-            # The weights have not changed since the last update. Where each rank holds the whole model, the others come
-            # to no other exchange before their gradients are ready: there they learn that this update will not be made,
-            # and all can save what was. Shards are exchanged block by block, where nothing can be told.
-            is_ready = self.options.parallel == "ddp" and not isinstance(error, DeviceError)
-            if self.world.size > 1 and is_ready:
-                with contextlib.suppress(DeviceError):
-                    self._failures = self._step.give_up(self._failure(error))
+            if self.options.parallel == "ddp":  # shards are exchanged block by block, where nothing can be told
+                self._work.tell(error, self._stop, self._step)
             raise
-
-    def _failure(self, error: Exception) -> Failure:
-        """``error`` with the batch that was worked on."""
-        stage, micro = self._at
-        batch, number = (None, None) if micro is None else (micro.batch, micro.micro)
-        place = Place.of(batch, stage=stage.value, update=self.update, micro=number)
-        # What a scheduler tells to stop are often all processes, and the workers go at once.
-        is_stop = isinstance(error, WorkerError) and self._stop.received
-        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop)
 
     def _broken_off(self, error: Exception) -> Exception:
         """Save what was trained, write and tell where it broke off; returns the error to be raised."""
-        is_told = bool(self._failures) or self.world.size == 1
-        failures = self._failures or [self._failure(error)]
-        is_whole = is_told and not self._is_changing
+        failures = self._work.failures or [self._work.failure(error, self._stop)]
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
-        if is_whole:
-            self._begin_update()
+        if self._work.is_whole:
+            self._sums = UpdateSums(self.device)
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
-            if self._is_making:
+            if self._work.is_making:
                 self.on_update_given_up()
             if any(failure.is_stop for failure in failures):
-                self._save_and_requeue()
+                self._save_and_stop()
         if self.update == 0 and all(failure.is_users for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
-        outcome = save_crashed(
-            self.saver, self.modules, self.optimizer, self.world,
-            failures=failures, saved_update=self._saved_update, is_whole=is_whole,
-        )  # fmt: skip
-        path = None
-        if self.world.is_main or not is_told:
-            name = REPORT_NAME if self.world.is_main else f"crash_report.rank{self.world.rank}.json"
-            path = write_report(self.context.output_folder, failures, about=self._about(), outcome=outcome, name=name)
-        first = failures[0]
-        where = f" with {first.place.words}" if first.place.words else ""
-        why = "" if first.is_users else f": {first.kind}"
-        report = f"; all of it is in {path}" if path else ""
-        self.say(f"update {self.update} broke off{where}{why}; {outcome}{report}.")
-        return TrainingError(first.sentence) if is_out_of_memory(error) else error
-
-    def _save(self, metrics: Mapping[str, float] | None = None, *, wait: bool = True) -> None:
-        self.saver.save(metrics, wait=wait)
-        self._saved_update = self.update
-
-    def _begin_update(self) -> None:
-        self._loss_sum: Tensor = torch.zeros((), device=self.device)
-        self._count: Tensor = torch.zeros((), device=self.device)
-        self._metrics: list[tuple[str, Number, Number]] = []
-        self._seen: list[Seen] = []
-        self._amounts: list[tuple[float, float]] = []
+        folder, about = self.context.output_folder, self._about()
+        self.say(save_and_report(self.saver, self.optimizer, self._work, failures=failures, folder=folder, about=about))
+        return TrainingError(failures[0].sentence) if is_out_of_memory(error) else error
 
     def _finish_update(self, stop: StopSignal) -> tuple[bool, bool]:
         """The optimizer's update; returns (a rank was told to stop, a checkpoint is due)."""
         assert self.optimizer is not None
-        progress, self._at = self.progress, (Stage.TRAIN, None)
+        progress, work = self.progress, self._work
+        work.end_batch()
         self._learning_rate = set_learning_rates(self.optimizer, self.schedule(self.update, progress.length.total))
         main = float(self.world.is_main)
         # Clocks differ between ranks: what depends on time is decided by the main process, for all.
         wishes = [float(stop.received), float(stop.interrupted), main * self.saver.is_due(self.update + 1)]
-        wishes += [main * self._estimated_total(), float(self.saver.has_failed())]
-        self._is_changing = True
+        total = progress.length.total_after(self.update + 1, self.options.log_interval)
+        wishes += [main * total, float(self.saver.has_failed())]
+        work.is_changing = True
         try:
-            finished = self._step.finish(self.update, self._loss_sum, self._count, wishes)
+            finished = self._step.finish(self.update, self._sums.loss_sum, self._sums.count, wishes)
         except UpdateGivenUp as given_up:
-            self._is_changing, self._failures = False, given_up.failures
-            first = self._failures[0]
-            raise TrainingError(
-                f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}"
-            ) from None
+            raise work.given_up(given_up.failures) from None
         self.device_row.mark_step()
-        stops, interrupts, saves, total, fails = finished.values
+        stops, interrupts, saves, agreed_total, fails = finished.values
         self._interrupted = interrupts > 0
-        for name, amount, count in self._metrics:
-            progress.add(name, amount, count)
-        for real, padded in self._amounts:
-            progress.meter.add_batch(real, padded)
+        self._sums.hand_over(progress)
         # Every rank has the same norm, so the average over ranks is that norm.
         progress.add("grad_norm", finished.result.grad_norm)
-        self._guard.note(finished.result, self._seen)
-        self._begin_update()
+        self._guard.note(finished.result, self._sums.seen)
+        self._sums = UpdateSums(self.device)
         progress.advance()
         self.world.at(f"update {self.update + 1}")
-        progress.length.total = max(int(total), self.update)
+        progress.length.total = max(int(agreed_total), self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
         self.on_update_end(finished.result)
-        self._at, self._is_changing, self._is_making = (Stage.TRAIN, None), False, False
+        work.is_changing = work.is_making = False
         self._profiler.step()
         self.loggers.progress(self.update, progress.length.total)
         if fails > 0:
@@ -443,41 +391,25 @@ class Brain:
         ends, epoch_ends = progress.length.is_reached(self.update), progress.epoch_update == 0
         if ends or self.update % self.options.log_interval == 0:
             self._log_row()
-        elif self._loss_sum.is_cpu:
+        elif self._sums.loss_sum.is_cpu:
             # Tensors of the host can be read at any time.
             self._guard.check(about=self._about())
         progress.meter.pause()
         if ends or epoch_ends:
             self.on_stage_end(Stage.TRAIN, progress.end_epoch(), epoch)
         metrics = None
-        if valid_loader is not None and (ends or (self._is_valid_due() and not stops)):
+        if valid_loader is not None and (ends or (progress.is_valid_due(self.options) and not stops)):
             metrics = self._validate(valid_loader, epoch)
         if ends:
             progress.length.mark_finished()
         if stops and not ends:
-            self._save_and_requeue()
+            self._save_and_stop()
         if ends or saves or metrics is not None:
-            self._save(metrics, wait=ends)
+            self.saver.save(metrics, wait=ends)
         if self.options.debug and not ends and self.update == half_way(self.options):
             self.saver.rehearse()
         self.modules.train()
         progress.meter.start()
-
-    def _is_valid_due(self) -> bool:
-        every = self.options.valid_interval_updates
-        return self.progress.epoch_update == 0 if every is None else self.update % every == 0
-
-    def _is_validated(self) -> bool:
-        return self.progress.final.get("valid", {}).get("update") == self.update
-
-    def _estimated_total(self) -> int:
-        """Total number of updates as this process sees it with the current update done."""
-        length, done = self.progress.length, self.update + 1
-        if length.is_over_time():
-            return done
-        is_power_of_two = done & (done - 1) == 0
-        # Often at first, when little is known about the pace, later with the rows of the log.
-        return length.estimate(done) if is_power_of_two or done % self.options.log_interval == 0 else length.total
 
     def _log_row(self) -> None:
         """One row of the log; here, and only here, training waits for the device."""
@@ -488,21 +420,14 @@ class Brain:
         if self._guard.total:
             extra["skipped_updates"] = self._guard.total
         row = self.progress.take_row(extra)
-        self.progress.final["train"] = row
         self.loggers.log(row)
         for warning in self.health.check(row):
             self.say(f"warning: {warning}")
 
     def _about(self) -> dict[str, Any]:
         """Facts for a crash report."""
-        return {
-            "epoch": self.progress.epochs,
-            "learning_rate": self._learning_rate,
-            "precision": self.precision,
-            "device": str(self.device),
-            "world_size": self.world.size,
-            "options": self.options.as_dict(),
-        }
+        facts = {"epoch": self.progress.epochs, "learning_rate": self._learning_rate, "precision": self.precision}
+        return facts | {"device": str(self.device), "world_size": self.world.size, "options": self.options.as_dict()}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -525,168 +450,77 @@ class Brain:
         if max_key or min_key:
             self.saver.load_weights("best", metric=max_key or min_key, mode="max" if max_key else "min")
         self.on_stage_start(stage, self.epoch)
-        result = self._run_batches(test_loader, stage, max_steps=self._max_steps())
-        extra = self.on_stage_end(stage, dict(result.metrics), self.epoch) or {}
-        result.metrics.update(extra)
+        result = self._run_batches(test_loader, stage, max_steps=self.options.max_eval_steps)
+        result.metrics.update(self.on_stage_end(stage, dict(result.metrics), self.epoch) or {})
         return result
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Objective:
         """Forward and objective of one batch (on the device), without gradients."""
-        with torch.no_grad(), self.device_row.autocast(self.precision):
-            predictions = self.compute_forward(batch, stage)
-            return self._as_objective(self.compute_objectives(predictions, batch, stage), batch)
+        with torch.no_grad():
+            return self._objective(batch, stage)
 
     def _run_batches(self, loader: MicroBatches, stage: Stage, *, max_steps: int | None) -> StageResult:
-        self.world.at(f"the {stage.value} set, after update {self.update}")
         self.modules.eval()
-        self.rng = None
+        self.rng, self._recorded = None, []
+        result = run_set(
+            loader, stage, lambda micro: self._evaluated(micro, stage), recorded=self._recorded,
+            work=self._work, parallel=self._parallel, stop=self._stop, max_steps=max_steps,
+        )  # fmt: skip
         self._recorded = []
-        sums = MetricSums()
-        error: Exception | None = None
-        try:
-            with self._parallel.held():
-                self._add_batches(sums, loader, stage, max_steps=max_steps)
-        except Exception as caught:
-            error = caught
-        finally:
-            # Where not all was read, workers would wait for nothing.
-            close(loader)
-        # What one rank met (a bad file of its share) ends all of them here: nobody waits, and all can save.
-        recorded, failures = [], []
-        mine = None if error is None else self._failure(error)
-        for rows, failure in self.world.gather_objects((self._recorded, mine)):
-            recorded += rows
-            failures += [failure] if failure else []
-        if failures:
-            self._failures = failures
-            if error is None or is_out_of_memory(error):
-                raise TrainingError((mine or failures[0]).sentence) from error
-            raise error
-        self._at = (Stage.TRAIN, None)
-        self._recorded = []
-        reduced = sums.reduce(self.world)
-        self.world.at(f"update {self.update + 1}")
-        if reduced.nonfinite:
-            self.say(f"warning: {reduced.nonfinite} sums of the {stage.value} set were not finite and are left out.")
-        rows = [row for _, row in sorted(recorded, key=lambda item: item[0])]
-        return StageResult(stage, self.update, reduced.averages(), reduced, rows)
+        if left_out := result.sums.nonfinite:
+            self.say(f"warning: {left_out} sums of the {stage.value} set were not finite and are left out.")
+        return result
 
-    def _add_batches(
-        self, sums: MetricSums, loader: MicroBatches, stage: Stage, *, max_steps: int | None
-    ) -> None:
-        """Add the metrics of this rank's batches to ``sums``."""
-        with contextlib.closing(passed_on(loader.epoch(0))) as micro_batches:
-            for micro in micro_batches:
-                if max_steps is not None and micro.update >= max_steps:
-                    break
-                if stage is Stage.VALID and self._stop.received and self.world.size == 1:
-                    raise _ValidationStopped
-                self._at = (stage, micro)
-                self._tell_bad_audio(micro)
-                if micro.batch is None:
-                    continue
-                # The number of the batch in the whole set, whatever rank it came to.
-                self.batch_index = micro.update * self.world.size + micro.micro
-                torch.manual_seed(self.eval_rng().integer("torch"))
-                objective = self.evaluate_batch(self._to_device(micro.batch), stage)
-                sums.add("loss", objective.loss_sum, objective.count)
-                for name, (amount, count) in objective.metrics.items():
-                    sums.add(name, amount, count)
+    def _evaluated(self, micro: Any, stage: Stage) -> Objective | None:
+        """The objective of a batch of VALID or TEST; None where nothing of it could be read."""
+        self._tell_bad_audio(micro)
+        if micro.batch is None:
+            return None
+        # The number of the batch in the whole set, whatever rank it came to.
+        self.batch_index = micro.update * self.world.size + micro.micro
+        torch.manual_seed(self.eval_rng().integer("torch"))
+        return self.evaluate_batch(batch_on_device(micro.batch, self.device), stage)
 
     def _validate(self, loader: MicroBatches, epoch: int) -> dict[str, float]:
         began = time.monotonic()
         self.on_stage_start(Stage.VALID, epoch)
-        metrics = dict(self._run_batches(loader, Stage.VALID, max_steps=self._max_steps()).metrics)
+        metrics = dict(self._run_batches(loader, Stage.VALID, max_steps=self.options.max_eval_steps).metrics)
         metrics.update(self.on_stage_end(Stage.VALID, dict(metrics), epoch) or {})
         self.progress.length.reserve = time.monotonic() - began
-        row = {"stage": "valid", "update": self.update, "epoch": self.progress.epochs, **metrics}
-        self.loggers.log(row)
-        self.progress.final["valid"] = row
+        self.loggers.log(self.progress.valid_row(metrics))
         return metrics
-
-    def _max_steps(self) -> int | None:
-        return self.options.debug_batches if self.options.debug else None
 
     # ---- small parts -------------------------------------------------------------------------------------------------
 
     def _prepare_fit(self, train_loader: MicroBatches) -> None:
         self.progress.length.require_limit()
-        self.progress.updates_per_epoch = train_loader.updates_per_epoch
-        self.progress.plan_digest = getattr(train_loader, "plan_digest", "")
-        if self.progress.updates_per_epoch < 1:
-            raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
+        self.progress.plan(train_loader)
         self._parallel = make_parallel(self.options.parallel, self.modules, self.world, self.device_row)
         self.optimizer = self.init_optimizers()
         if self.device_row.needs_scaler(self.precision):
             self.loss_scale = LossScale(self.device)
             self.saver.add("loss_scale", self.loss_scale)
         self._step = UpdateStep(
-            self.optimizer,
-            self.world,
-            max_grad_norm=self.options.max_grad_norm,
-            loss_scale=self.loss_scale,
-            parallel=self._parallel,
-        )
+            self.optimizer, self.world, max_grad_norm=self.options.max_grad_norm,
+            loss_scale=self.loss_scale, parallel=self._parallel,
+        )  # fmt: skip
         self.saver.add("guard", self._guard)
         self.saver.add_optimizer(self.optimizer)
         if not self.saver.resume() and isinstance(self._parallel, Replicas):
             share_weights(self.world, self.modules)
-        self._saved_update = self.update
         self.loggers.rewind(self.update)
         set_frozen(self.optimizer, self.update)
         self._parallel.follow_frozen()
-        if self.options.compile:
-            by_block = self.options.compile_blocks or self.options.parallel == "fsdp2"
-            how: dict[str, Any] = {"mode": self.options.compile_mode}
-            if self.options.compile_backend is not None:  # modes are inductor's
-                how = {"backend": self.options.compile_backend}
-            compile_modules(self.modules, by_block=by_block, **how)
+        compile_as_told(self.modules, self.options)
         self.say(describe_modules(self.modules))
         self.world.at(f"update {self.update + 1}")
         self.on_fit_start()
 
-    def _save_and_requeue(self) -> None:
+    def _save_and_stop(self) -> NoReturn:
         # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
         interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
-        checkpointer = self.saver.checkpointer
-        self._save()
-        self.loggers.pause()
-        why = "interrupted" if interrupted else "told to stop"
-        if checkpointer is None:
-            self.say(f"{why} at update {self.update}; nothing is saved, as this Brain has no checkpointer.")
-        else:
-            # Whoever sits at the terminal wants to know what Ctrl-C has left, and where.
-            where = f" in {checkpointer.folder}" if interrupted else ""
-            self.say(f"{why}: saved at update {self.update}{where}; run the same command again to go on.")
-        raise Interrupted if interrupted else Requeue
-
-    def _to_device(self, batch: Any) -> Any:
-        """The batch on the device; copies from pinned memory run beside the computation."""
-        return batch.to(self.device, non_blocking=True) if hasattr(batch, "to") else batch
-
-    def _as_objective(self, objective: Objective | Tensor, batch: Any) -> Objective:
-        if isinstance(objective, Objective):
-            return objective
-        if not isinstance(objective, Tensor) or objective.ndim != 0:
-            raise ModelError(
-                f"compute_objectives of {type(self).__name__} returned {type(objective).__name__}, expected an "
-                "Objective or a scalar tensor with the mean loss."
-            )
-        self._say_once(
-            "compute_objectives returned a mean loss; it is weighted by the number of items in the batch. Return an "
-            "Objective(loss_sum, count) where targets differ in number."
-        )
-        return Objective(objective * len(batch), len(batch))
+        self.saver.save_and_stop(interrupted=interrupted, pause=self.loggers.pause)
 
     def _tell_bad_audio(self, micro: Any) -> None:
         for name, sentence in micro.bad:
             self._say_once(f"left out {name}: {sentence.removeprefix(f'utterance {name}: ')}")
-
-    def _say_once(self, sentence: str) -> None:
-        if sentence not in self._told:
-            self._told.add(sentence)
-            self.say(sentence)
-
-
-class _ValidationStopped(Exception):
-    """A validation was broken off because the run was told to stop; the next session makes up for it."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.training.options import RunOptions
+
 VARIANTS = 64
 """Graphs that one piece of code may have, for bucket shapes, training and evaluation, student and teacher: beyond its
 own limit (8) torch goes on without compiling, and says so in a log only."""
@@ -38,6 +40,16 @@ def compile_modules(modules: nn.ModuleDict, *, by_block: bool, **how: Any) -> in
         else:
             piece.compile(dynamic=False, **how)
     return len(pieces)
+
+
+def compile_as_told(modules: nn.ModuleDict, options: RunOptions) -> None:
+    """Have the modules compiled as the options say; not at all without ``compile``."""
+    if not options.compile:
+        return
+    how: dict[str, Any] = {"mode": options.compile_mode}
+    if options.compile_backend is not None:  # modes are inductor's
+        how = {"backend": options.compile_backend}
+    compile_modules(modules, by_block=options.compile_blocks or options.parallel == "fsdp2", **how)
 
 
 def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import CheckpointError, DivergenceError, ToolkitError, describe_out_of_memory, is_out_of_memory
+from toolkit.errors import (
+    CheckpointError,
+    DeviceError,
+    DivergenceError,
+    ToolkitError,
+    TrainingError,
+    WorkerError,
+    describe_out_of_memory,
+    is_out_of_memory,
+)
 from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
 from toolkit.training.guard import name_some
+from toolkit.training.limits import StopSignal
+from toolkit.training.objective import Stage
+from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
+from toolkit.training.step import UpdateStep
 
 REPORT_NAME = "crash_report.json"
 
@@ -109,6 +123,106 @@ class Failure:
         return cls(rank, type(error).__name__, sentence, place, isinstance(error, ToolkitError), is_stop, trace)
 
 
+class CurrentWork:
+    """What this rank is at, so that an error is told with its batch and it is known what can still be saved.
+
+    Arguments
+    ---------
+    world : the ranks.
+    progress : the place of the run.
+
+    ``is_making`` : an update was begun and is not complete. ``is_changing`` : it may have changed some of the weights.
+    ``failures`` : the errors of all ranks, where all were told of them; else empty.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> from toolkit.training.limits import RunLength
+    >>> work = CurrentWork(World(), Progress(RunLength(3, None), World()))
+    >>> work.begin_batch(Stage.VALID, SimpleNamespace(batch={"ids": ["a"]}, micro=2))
+    >>> work.failure(ValueError("no such word"), StopSignal()).place
+    Place(stage='valid', update=0, micro=2, ids=('a',), shapes={})
+    """
+
+    def __init__(self, world: World, progress: Progress) -> None:
+        self.world, self.progress = world, progress
+        self.is_making = self.is_changing = False
+        self.failures: list[Failure] = []
+        self.end_batch()
+
+    def begin_batch(self, stage: Stage, micro: Any) -> None:
+        """``micro`` (``batch``, ``micro``) is worked on from here."""
+        self._stage, self._micro = stage, micro
+
+    def end_batch(self) -> None:
+        """What follows is between two batches."""
+        self._stage, self._micro = Stage.TRAIN, None
+
+    @property
+    def all_were_told(self) -> bool:
+        """Whether every rank knows that the run ends, and takes part in what is done about it."""
+        return bool(self.failures) or self.world.size == 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the state is that after a whole update, on all ranks, and all of them are here (for a collective)."""
+        return self.all_were_told and not self.is_changing
+
+    def given_up(self, failures: list[Failure]) -> TrainingError:
+        """Other ranks have given the update up, and nothing was changed by it; returns the error that ends this one."""
+        self.failures, self.is_changing = failures, False
+        first = failures[0]
+        return TrainingError(f"process {first.rank} of {self.world.size} ended ({first.kind}): {first.sentence}")
+
+    def tell(self, error: Exception, stop: StopSignal, step: UpdateStep) -> None:
+        """Tell the other ranks of an error before the update's gradients were ready, and hear of theirs.
+
+        The weights have not changed since the last update. Where each rank holds the whole model, the others come to no
+        other exchange before their gradients are ready: there they learn that this update will not be made, and all
+        can save what was.
+        """
+        if self.world.size > 1 and not isinstance(error, DeviceError):
+            with contextlib.suppress(DeviceError):
+                self.failures = step.give_up(self.failure(error, stop))
+
+    def failure(self, error: Exception, stop: StopSignal) -> Failure:
+        """``error`` with the batch that is worked on; ``stop`` says whether the run was told to stop."""
+        batch, number = (None, None) if self._micro is None else (self._micro.batch, self._micro.micro)
+        place = Place.of(batch, stage=self._stage.value, update=self.progress.update, micro=number)
+        # What a scheduler tells to stop are often all processes, and the workers go at once.
+        is_stop = isinstance(error, WorkerError) and stop.received
+        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop)
+
+
+def save_and_report(
+    saver: Saver,
+    optimizer: torch.optim.Optimizer | None,
+    work: CurrentWork,
+    *,
+    failures: Sequence[Failure],
+    folder: Path | None,
+    about: Mapping[str, Any],
+) -> str:
+    """Save what is worth it, write the report, and return the sentence on where the run broke off and what was done.
+
+    Arguments
+    ---------
+    failures : what ends the run; where all ranks were told, all give the same.
+    folder : for the report; None = nowhere.
+    about : facts of the run for it (epoch, learning rate, options, ...).
+    """
+    outcome = save_crashed(saver, optimizer, work, failures)
+    path, world = None, work.world
+    if world.is_main or not work.all_were_told:
+        name = REPORT_NAME if world.is_main else f"crash_report.rank{world.rank}.json"
+        path = write_report(folder, failures, about=about, outcome=outcome, name=name)
+    first = failures[0]
+    where = f" with {first.place.words}" if first.place.words else ""
+    why = "" if first.is_users else f": {first.kind}"
+    report = f"; all of it is in {path}" if path else ""
+    return f"update {work.progress.update} broke off{where}{why}; {outcome}{report}."
+
+
 def write_report(
     folder: Path | None, failures: Sequence[Failure], *, about: Mapping[str, Any], outcome: str, name: str = REPORT_NAME
 ) -> Path | None:
@@ -133,28 +247,15 @@ def write_report(
 
 
 def save_crashed(
-    saver: Saver,
-    modules: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    world: World,
-    *,
-    failures: Sequence[Failure],
-    saved_update: int,
-    is_whole: bool,
+    saver: Saver, optimizer: torch.optim.Optimizer | None, work: CurrentWork, failures: Sequence[Failure]
 ) -> str:
-    """Save the state after the last whole update where that can be done and is worth it, and say what was done.
-
-    Arguments
-    ---------
-    failures : what ends the run; where all ranks are here, all give the same.
-    saved_update : the update of the last checkpoint, 0 where there is none.
-    is_whole : whether the state is that after a whole update, on all ranks, and all of them are here (a collective).
-    """
+    """Save the state after the last whole update where that can be done and is worth it, and say what was done."""
+    world, saved_update = work.world, saver.saved_update
     update = saver.progress.update
     counts = f"the checkpoint of update {saved_update} counts" if saved_update else "there is no earlier checkpoint"
     if saver.checkpointer is None:
         return "nothing is saved, as this Brain has no checkpointer"
-    if is_whole:
+    if work.is_whole:
         try:
             saver.wait()  # the last one may still be on its way to the disk
         except Exception as second:  # the error that ends the run is the one to be raised
@@ -166,10 +267,10 @@ def save_crashed(
         return "the last sound checkpoint counts"
     if DivergenceError.__name__ in kinds:
         return f"no checkpoint is made of a training that went wrong; {counts}"
-    if not is_whole:
+    if not work.is_whole:
         why = "the other processes were not there to save" if world.size > 1 else "the weights were being changed"
         return f"no checkpoint could be made, as {why}; {counts}"
-    wrong = next((name for name in world.gather_objects(not_finite(modules, optimizer)) if name), None)
+    wrong = next((name for name in world.gather_objects(not_finite(saver.modules, optimizer)) if name), None)
     if wrong is not None:
         return f"no checkpoint is made, as {wrong} is not finite; {counts}"
     try:

@@ -110,6 +110,14 @@ class RunLength:
             self._anchors.append((session, update))
         return total if self.max_updates is None else min(total, self.max_updates)
 
+    def total_after(self, update: int, log_interval: int) -> int:
+        """The total number of updates as this process sees it with ``update`` updates done."""
+        if self.is_over_time():
+            return update
+        is_power_of_two = update & (update - 1) == 0
+        # Often at first, when little is known about the pace, later with the rows of the log.
+        return self.estimate(update) if is_power_of_two or update % log_interval == 0 else self.total
+
     def is_over_time(self) -> bool:
         """Whether the time is used up (main rank)."""
         return self.max_seconds is not None and self.elapsed() + self.reserve >= self.max_seconds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.errors import ModelError
 from toolkit.training.metrics import MetricSums, Number
 
 
@@ -61,6 +62,37 @@ class StageResult:
     metrics: dict[str, float]
     sums: MetricSums
     rows: list[dict[str, Any]]
+
+
+def as_objective(returned: Any, batch: Any, *, owner: str, tell: Callable[[str], None]) -> Objective:
+    """What ``compute_objectives`` returned, as an `Objective`; a mean loss () is weighted by the size of ``batch``.
+
+    Arguments
+    ---------
+    owner : name of the class whose method it was.
+    tell : called with a sentence on what was assumed.
+
+    Raises
+    ------
+    ModelError : it is neither.
+    """
+    if isinstance(returned, Objective):
+        return returned
+    if not isinstance(returned, Tensor) or returned.ndim != 0:
+        raise ModelError(
+            f"compute_objectives of {owner} returned {type(returned).__name__}, expected an Objective or a scalar "
+            "tensor with the mean loss."
+        )
+    tell(
+        "compute_objectives returned a mean loss; it is weighted by the number of items in the batch. Return an "
+        "Objective(loss_sum, count) where targets differ in number."
+    )
+    return Objective(returned * len(batch), len(batch))
+
+
+def batch_on_device(batch: Any, device: torch.device) -> Any:
+    """The batch on ``device``, if it can be moved; copies from pinned memory run beside the computation."""
+    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
 
 
 def on_device(value: Number, device: torch.device) -> Tensor:

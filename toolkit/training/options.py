@@ -126,6 +126,11 @@ class RunOptions:
                 values[name] = coerce_option(name, source[name])
         return cls(**values)
 
+    @property
+    def max_eval_steps(self) -> int | None:
+        """Batches of each validation and test on a rank; None = all."""
+        return self.debug_batches if self.debug else None
+
     def as_dict(self) -> dict[str, Any]:
         """Name to value, in the order of declaration."""
         return dataclasses.asdict(self)

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.units import SECONDS, Unit
+from toolkit.errors import ConfigError
+from toolkit.training.context import MicroBatches
 from toolkit.training.distributed import World
 from toolkit.training.limits import RunLength
 from toolkit.training.metrics import Meter, MetricSums, Number, rates
+from toolkit.training.options import RunOptions
 
 
 class Progress:
@@ -45,6 +48,22 @@ class Progress:
         """Amount (seconds of audio, tokens) per second of training over the whole run, all ranks together."""
         return self.amount / self.train_seconds if self.train_seconds else 0.0
 
+    @property
+    def is_validated(self) -> bool:
+        """Whether the last validation was after the last update."""
+        return self.final.get("valid", {}).get("update") == self.update
+
+    def is_valid_due(self, options: RunOptions) -> bool:
+        """Whether a validation is due: every ``valid_interval_updates``, or (None) at each epoch's end."""
+        every = options.valid_interval_updates
+        return self.epoch_update == 0 if every is None else self.update % every == 0
+
+    def plan(self, loader: MicroBatches) -> None:
+        """Take over how many updates an epoch of ``loader`` has; ConfigError if it has none."""
+        self.updates_per_epoch, self.plan_digest = loader.updates_per_epoch, getattr(loader, "plan_digest", "")
+        if self.updates_per_epoch < 1:
+            raise ConfigError("the training set gives no batch at all; check the manifest and the shortest duration.")
+
     def advance(self) -> None:
         """One more update is complete."""
         self.update += 1
@@ -63,6 +82,13 @@ class Progress:
         row |= {"epoch": self.epochs, **extra, **reduced.averages(), **rates([self._since_row])}
         row |= {self.unit.total: round(self.amount, 3), "elapsed_seconds": round(self.length.elapsed(), 3)}
         self._since_row = dict.fromkeys(self._since_row, 0.0)
+        self.final["train"] = row
+        return row
+
+    def valid_row(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """The row of a validation that gave ``metrics``."""
+        row = {"stage": "valid", "update": self.update, "epoch": self.epochs, **metrics}
+        self.final["valid"] = row
         return row
 
     def add(self, name: str, total: Number, count: Number = 1) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.limits import Interrupted, Requeue
 from toolkit.training.options import RunOptions
 from toolkit.training.progress import Progress
 
@@ -44,8 +45,9 @@ class Saver:
     progress : the place of the run.
     say : called with each sentence.
 
-    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted. ``weights_update`` is the update
-    after which the weights that `load_weights` loaded were saved, None before.
+    ``on_resume`` holds what to call (on every rank) once a checkpoint was accepted. ``saved_update`` is the update of
+    the checkpoint that was saved or resumed last, 0 before. ``weights_update`` is the update after which the weights
+    that `load_weights` loaded were saved, None before.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Saver:
         self.modules, self.progress, self.say = modules, progress, say
         self.parts: dict[str, Stateful] = {"progress": progress}
         self.on_resume: list[Callable[[], object]] = []
+        self.saved_update = 0
         self.weights_update: int | None = None
         self._last_save = time.monotonic()
         self._optimizer: torch.optim.Optimizer | None = None
@@ -95,7 +98,7 @@ class Saver:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         wait = wait or not self.options.async_save
         self.checkpointer.save(self.progress.update, state, dict(metrics or {}), wait=wait)
-        self._last_save = time.monotonic()
+        self._last_save, self.saved_update = time.monotonic(), self.progress.update
 
     def has_failed(self) -> bool:
         """Whether this process could not write in the background; costs nothing."""
@@ -111,6 +114,29 @@ class Saver:
         if self.checkpointer is not None:
             self.checkpointer.close()
 
+    def save_and_stop(self, *, interrupted: bool, pause: Callable[[], None]) -> NoReturn:
+        """Save the run, which was told to stop (a collective), say so and end it.
+
+        Arguments
+        ---------
+        interrupted : it was told by Ctrl-C.
+        pause : ends the progress bar, before anything is said.
+
+        Raises
+        ------
+        Interrupted, Requeue : always the one or the other.
+        """
+        self.save()
+        pause()
+        why, update = "interrupted" if interrupted else "told to stop", self.progress.update
+        if self.checkpointer is None:
+            self.say(f"{why} at update {update}; nothing is saved, as this Brain has no checkpointer.")
+        else:
+            # Whoever sits at the terminal wants to know what Ctrl-C has left, and where.
+            where = f" in {self.checkpointer.folder}" if interrupted else ""
+            self.say(f"{why}: saved at update {update}{where}; run the same command again to go on.")
+        raise Interrupted if interrupted else Requeue
+
     def resume(self) -> bool:
         """Go on from the last valid checkpoint; False if there is none."""
         groups = [] if self._optimizer is None else self._optimizer.param_groups
@@ -125,6 +151,7 @@ class Saver:
                 warning = part.load_state_dict(state[name])
                 if isinstance(warning, str):
                     self.say(f"warning: {warning}")
+        self.saved_update = self.progress.update
         self.say(f"resumed at update {self.progress.update} (epoch {self.progress.epochs}).")
         for accepted in self.on_resume:
             accepted()
