@@ -26,6 +26,7 @@ def pack(folder: Path, *words: str, workers: int = 2, limit: int | None = None) 
     command += ["--shard_mb", SHARD_MB, "--workers", str(workers), *words]
 
     def limited() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts jobs of the background with Ctrl-C ignored
         os.setsid()  # its processes can be counted by their group then
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
