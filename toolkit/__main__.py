@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from toolkit import curves
 from toolkit.data import manifest_command, shards_command
+from toolkit.data.indexed_text import IndexedText
 from toolkit.data.manifest import read_manifest
+from toolkit.data.text_dictionary import DICT_FILE, TextDictionary
 from toolkit.errors import CheckpointError, ConfigError, run_main
 from toolkit.models.convert.common import Converted, PretrainedInfo, describe_difference
 from toolkit.models.convert.load import accepted, build_converted
@@ -32,7 +34,8 @@ MANIFEST_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
 
 
 def show_path(arguments: argparse.Namespace) -> int:
-    """Print what a model of any kind, a checkpoint, a run's output folder, a manifest, a YAML or a tensor file is."""
+    """Print what a model of any kind, a checkpoint, a run's output folder, a manifest, a YAML, prepared text or a
+    tensor file is."""
     path = Path(arguments.path)
     if not path.exists():
         raise ConfigError(f"there is no {path}; check the path.")
@@ -42,7 +45,7 @@ def show_path(arguments: argparse.Namespace) -> int:
             return 0
     raise ConfigError(
         f"{path} is none of these: a model, a checkpoint or the output folder of a run, a manifest "
-        f"({', '.join(MANIFEST_SUFFIXES)}), a recipe's YAML or a .safetensors file."
+        f"({', '.join(MANIFEST_SUFFIXES)}), a recipe's YAML, prepared text (.idx) or a .safetensors file."
     )
 
 
@@ -160,6 +163,31 @@ def _describe_manifest(path: Path) -> list[str]:
     return lines
 
 
+def _describe_text(path: Path) -> list[str]:
+    """A prepared folder, or one of its texts by its .idx or .bin."""
+    folder = path if path.is_dir() else path.parent
+    indexes = sorted(folder.glob("*.idx")) if path.is_dir() else [path.with_suffix(".idx")]
+    lines = [f"{path}: text in fairseq's binary form"]
+    dictionary = TextDictionary.from_file(folder / DICT_FILE) if (folder / DICT_FILE).is_file() else None
+    if dictionary is None:
+        lines.append(f"  no {DICT_FILE} beside it")
+    else:
+        first = ", ".join(dictionary.symbols[4:9])
+        lines.append(f"  {DICT_FILE:10} {len(dictionary):,} entries (with 4 special ones), the first {first}")
+    for index in indexes:
+        text = IndexedText(index.with_suffix(""))
+        if dictionary is not None:
+            text.check_ids(len(dictionary), DICT_FILE)
+        lines.append(f"  {index.stem:10} {len(text):,} lines, {text.num_tokens:,} tokens, stored as {text.dtype.name}")
+    return lines
+
+
+def _is_text(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.glob("*.idx"))
+    return path.suffix in (".idx", ".bin") and path.with_suffix(".idx").is_file()
+
+
 def _describe_tensors(path: Path) -> list[str]:
     return [f"{path}: tensors", *_tensor_lines(path, shown=40)]
 
@@ -190,6 +218,7 @@ DESCRIPTIONS: tuple[tuple[Callable[[Path], bool], Callable[[Path], list[str]]], 
     (lambda path: (path / CHECKSUMS_NAME).is_file() or path.name.startswith("step_"), _describe_checkpoint),
     (lambda path: (path / "config.json").is_file(), _describe_model),
     (lambda path: path.is_dir() and is_speechbrain(path), _describe_model),
+    (_is_text, _describe_text),
     (lambda path: path.is_dir() and _is_run(path), _describe_run),
     (lambda path: path.is_file() and path.suffix.lower() in PICKLED_SUFFIXES, _describe_model),
     (lambda path: path.suffix == ".safetensors", _describe_tensors),
@@ -212,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     devices = commands.add_parser("devices", help="which devices are here, how fast, and what the others need")
     device_report.add_arguments(devices)
     devices.set_defaults(run=device_report.run_command)
-    inspect = commands.add_parser("inspect", help="what a model, checkpoint, run, manifest or YAML is")
+    inspect = commands.add_parser("inspect", help="what a model, checkpoint, run, manifest, YAML or prepared text is")
     inspect.add_argument("path")
     inspect.set_defaults(run=show_path)
     convert = commands.add_parser("convert", help="write a model of any known kind in another form")

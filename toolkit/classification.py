@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.labelled_text import (
     LabelledBatch,
     LabelledRows,
@@ -20,8 +21,8 @@ from toolkit.data.labelled_text import (
     hold_out_rows,
     read_labelled_rows,
 )
-from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
-from toolkit.data.text_dictionary import TextDictionary
+from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer, check_gpt2_dictionary
+from toolkit.data.text_dictionary import DICT_FILE, TextDictionary
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import build_converted, build_text_encoder
@@ -57,7 +58,7 @@ class Classification:
     """
 
     model: TextClassifier
-    tokenizer: Gpt2Tokenizer
+    tokenizer: Gpt2Tokenizer | DictionaryTokenizer
     labels: tuple[str, ...]
 
     def dataset(self, rows: LabelledRows) -> LabelledTexts:
@@ -189,9 +190,9 @@ def trained_classifier(experiment: Experiment) -> Classification | None:
             f"{folder}: nothing says which labels the model's {outputs} outputs are; copy the folder again from the "
             "run that wrote it."
         )
-    if not isinstance(contents.tokenizer, Gpt2Tokenizer):
+    if not _encodes(contents.tokenizer):
         raise CheckpointError(f"{folder}: the model's tokens are missing; copy the folder again, dict.txt included.")
-    assert isinstance(model, TextClassifier)
+    assert isinstance(model, TextClassifier) and isinstance(contents.tokenizer, Gpt2Tokenizer | DictionaryTokenizer)
     _check_size(contents.tokenizer, model.encoder.vocab_size, f"the dictionary in {folder}", folder)
     experiment.say(f"model, tokens and labels: {folder} ({contents.info.source})")
     return Classification(model, contents.tokenizer, labels)
@@ -233,13 +234,36 @@ def make_classifier(experiment: Experiment, train: LabelledRows) -> Classificati
     return Classification(model, tokenizer, labels)
 
 
-def _pretrained_tokens(experiment: Experiment, contents: Converted, folder: str) -> Gpt2Tokenizer:
-    """Those of the pretrained folder, or else those of the settings."""
-    hparams = experiment.hparams
-    if isinstance(contents.tokenizer, Gpt2Tokenizer):
-        ignored = " (bpe_folder and dict do not count)" if hparams["bpe_folder"] or hparams["dict"] else ""
-        experiment.say(f"tokens: those of {folder}{ignored}")
-        return contents.tokenizer
+def _encodes(tokenizer: object) -> bool:
+    """Whether a model's tokenizer makes tokens of raw text."""
+    return isinstance(tokenizer, Gpt2Tokenizer) or (isinstance(tokenizer, DictionaryTokenizer) and tokenizer.words)
+
+
+def _pretrained_tokens(
+    experiment: Experiment, contents: Converted, folder: str
+) -> Gpt2Tokenizer | DictionaryTokenizer:
+    """Those of the pretrained folder, what it lacks and no more from the settings."""
+    hparams, kept = experiment.hparams, contents.tokenizer
+    if isinstance(kept, Gpt2Tokenizer | DictionaryTokenizer):
+        if hparams["dict"] is not None:
+            given = TextDictionary.from_file(Path(hparams["dict"]).expanduser())
+            if difference := kept.dictionary.difference(given):
+                raise CheckpointError(
+                    f"{hparams['dict']} is another dictionary than that in {folder}: {difference}; leave out --dict, "
+                    "for the model carries its own."
+                )
+        if _encodes(kept):
+            ignored = " (bpe_folder does not count)" if hparams["bpe_folder"] else ""
+            experiment.say(f"tokens: those of {folder}{ignored}")
+            return kept
+        if hparams["bpe_folder"] is None:
+            raise ConfigError(
+                f"{folder} carries its dict.txt, and nothing says how text becomes its symbols; give the folder of "
+                "GPT-2's encoder.json and vocab.bpe (--bpe_folder)."
+            )
+        experiment.say(f"tokens: GPT-2's pieces through the dict.txt of {folder}")
+        check_gpt2_dictionary(kept.dictionary, Path(folder) / DICT_FILE)
+        return Gpt2Tokenizer(Gpt2Bpe.from_folder(Path(hparams["bpe_folder"]).expanduser()), kept.dictionary)
     if hparams["dict"] is None:
         raise ConfigError(
             f"{folder} does not carry its tokens; give the dict.txt that it was pretrained with (--dict), and the "
@@ -255,13 +279,15 @@ def _given_tokens(experiment: Experiment, train: LabelledRows | None) -> Gpt2Tok
         raise ConfigError("bpe_folder is missing; give the folder of GPT-2's encoder.json and vocab.bpe.")
     bpe = Gpt2Bpe.from_folder(Path(hparams["bpe_folder"]).expanduser())
     if hparams["dict"] is not None:
-        return Gpt2Tokenizer(bpe, TextDictionary.from_file(Path(hparams["dict"]).expanduser()))
+        dictionary = TextDictionary.from_file(Path(hparams["dict"]).expanduser())
+        check_gpt2_dictionary(dictionary, hparams["dict"])
+        return Gpt2Tokenizer(bpe, dictionary)
     assert train is not None
     experiment.say("dictionary: made of the training texts")
     return Gpt2Tokenizer(bpe, dictionary_of(train, bpe))
 
 
-def _check_size(tokenizer: Gpt2Tokenizer, wanted: int, source: str, folder: str | Path) -> None:
+def _check_size(tokenizer: Gpt2Tokenizer | DictionaryTokenizer, wanted: int, source: str, folder: str | Path) -> None:
     if tokenizer.vocab_size != wanted:
         raise CheckpointError(
             f"{source} holds {tokenizer.vocab_size:,} tokens (the mask's included), but the model in {folder} has "

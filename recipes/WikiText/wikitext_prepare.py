@@ -3,10 +3,11 @@
     python wikitext_prepare.py --data_folder wikitext-103-raw --bpe_folder gpt2_bpe --output_folder prepared
     python wikitext_prepare.py --data_folder D --bpe_folder B --output_folder O --dict gpt2_bpe/dict.txt
 
-``--data_folder`` holds files with train, valid or test in their names (``wiki.train.raw``, ``valid.txt``, ...; .raw
-goes before .tokens where both are there), or is one such file. Every line is turned into GPT-2's byte pairs
-(``encoder.json`` and ``vocab.bpe`` in ``--bpe_folder``), with ``--words`` into its words. dict.txt is built from the
-training text, or taken from ``--dict``, as it must be for a model that was pretrained with another's.
+``--data_folder`` holds files in whose names a word begins with train, valid or test (``wiki.train.raw``,
+``my_valid.txt``, not ``mytrain.txt``; .raw goes before .tokens where both are there), or is one such file. Every line
+is turned into GPT-2's byte pairs (``encoder.json`` and ``vocab.bpe`` in ``--bpe_folder``), with ``--words`` into its
+words. dict.txt is built from the training text, or taken from ``--dict``: give a pretrained model's to go on with it,
+and GPT-2's whole one where the training text is small, for what does not occur in it is ``<unk>`` in the other parts.
 
 The text is taken as it is, as fairseq's RoBERTa recipe does: white space at the ends of a line goes, headings
 (`` = Title = ``) are lines like others, and an empty line stays an empty line, which parts documents in the break
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 
 from toolkit.data.corpus_scan import digest, file_digest, read_summary
 from toolkit.data.text_binarize import PartReport, binarize
-from toolkit.data.text_bpe import ENCODER_FILE, MERGES_FILE, Gpt2Bpe
+from toolkit.data.text_bpe import ENCODER_FILE, MERGES_FILE, Gpt2Bpe, check_gpt2_dictionary, holds_gpt2_numbers
 from toolkit.data.text_dictionary import DICT_FILE, TextDictionary
 from toolkit.errors import ConfigError, ManifestError, run_main
 from toolkit.training.folders import write_json
@@ -40,6 +41,11 @@ SUFFIXES = (".raw", ".tokens", ".txt")
 """Text files, the better one first: .raw has the words that .tokens replaces by <unk>."""
 
 SUMMARY = "wikitext_prepare.json"
+
+BOTH = "both bpe_folder and words are given; byte pairs or words, choose one."
+
+MOST_UNKNOWN = 0.01
+"""Share of a part's tokens that a dictionary built from train may lack before there is a warning."""
 
 WORK_FOLDER = ".preparing"
 """Holds what is not complete yet."""
@@ -78,17 +84,30 @@ def prepare_text(
     """
     source, output = Path(data_folder).expanduser(), Path(output_folder).expanduser()
     if is_prepared(source) and not is_own(source, output):
+        check_prepared(source, bpe_folder, words, dictionary)
         say(f"{source} holds fairseq's binary files, taken as they are")
         return source
+    if is_without_dictionary(source):
+        if dictionary is None:
+            raise ManifestError(
+                f"{source} holds {binary_names(source)}, but no {DICT_FILE} beside it; copy the one that was written "
+                "with it there, or name it with --dict."
+            )
+        check_symbols(TextDictionary.from_file(Path(dictionary).expanduser()), dictionary, bpe_folder, words)
+        say(f"{source} holds fairseq's binary files, taken as they are with the dictionary {dictionary}")
+        return source
+    dictionary = None if dictionary is None else Path(dictionary).expanduser()
     files = find_texts(source, say)
     check_arguments(files, bpe_folder, words, dictionary, num_workers)
     bpe = None if words or bpe_folder is None else Path(bpe_folder).expanduser()
     given = None if dictionary is None else TextDictionary.from_file(dictionary)
     if bpe is not None:
         Gpt2Bpe.from_folder(bpe)  # what is wrong with it is told now, by this process
+        if given is not None and dictionary is not None:
+            check_gpt2_dictionary(given, dictionary)
     key = digest([{part: stamp(path) for part, path in files.items()},
                   None if bpe is None else [file_digest(path) for path in bpe_files(bpe)],
-                  None if dictionary is None else file_digest(Path(dictionary))])
+                  None if dictionary is None else file_digest(dictionary)])
     make_folder(output)
     summary = read_summary(output / SUMMARY)
     if is_unchanged(output, summary, key):
@@ -111,13 +130,49 @@ def prepare_text(
     written = {name: stamp(output / name) for name in names}
     parts = {part: {**vars(report), "file": str(files[part])} for part, report in reports.items()}
     write_json(output / SUMMARY, {"prepared": {"key": key, "files": written, "parts": parts}})
-    tell(output, reports, say)
+    tell(output, reports, say, is_built=bpe is not None and given is None)
     return output
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether ``folder`` holds a dictionary and at least one binary text."""
     return (folder / DICT_FILE).is_file() and any(folder.glob("*.idx"))
+
+
+def is_without_dictionary(folder: Path) -> bool:
+    """Whether ``folder`` holds binary texts and neither a dictionary nor texts to make them of."""
+    if not folder.is_dir() or (folder / DICT_FILE).is_file() or not any(folder.glob("*.idx")):
+        return False
+    return not any(is_text(path, part) for path in folder.iterdir() for part in PARTS)
+
+
+def binary_names(folder: Path) -> str:
+    """The index files in ``folder``, for a message."""
+    return ", ".join(sorted(path.name for path in folder.glob("*.idx")))
+
+
+def check_prepared(folder: Path, bpe_folder: str | Path | None, words: bool, dictionary: str | Path | None) -> None:
+    """Refuse arguments that do not fit a prepared folder, which would do nothing without a word."""
+    own = TextDictionary.from_file(folder / DICT_FILE)
+    if dictionary is not None:
+        given = TextDictionary.from_file(Path(dictionary).expanduser())
+        if difference := own.difference(given):
+            raise ConfigError(
+                f"{folder} is prepared with its own {DICT_FILE}, and {dictionary} is another: {difference}; leave out "
+                "--dict, or prepare the raw text with it."
+            )
+    check_symbols(own, folder / DICT_FILE, bpe_folder, words)
+
+
+def check_symbols(dictionary: TextDictionary, source: str | Path, bpe_folder: str | Path | None, words: bool) -> None:
+    """Refuse byte pairs for a dictionary of words, and words for one of byte pairs."""
+    if bpe_folder is not None and words:
+        raise ConfigError(BOTH)
+    if bpe_folder is not None:
+        Gpt2Bpe.from_folder(Path(bpe_folder).expanduser())
+        check_gpt2_dictionary(dictionary, source)
+    if words and holds_gpt2_numbers(dictionary):
+        raise ConfigError(f"the symbols of {source} are the numbers of GPT-2's pieces, no words; leave out --words.")
 
 
 def is_own(source: Path, output: Path) -> bool:
@@ -136,8 +191,9 @@ def find_texts(source: Path, say: Callable[[str], object]) -> dict[str, Path]:
         files = {part: path for part in PARTS if (path := find_part(source, part, say)) is not None}
         if not files:
             raise ManifestError(
-                f"data_folder {str(source)!r} holds no text: no file {' or '.join(f'*{end}' for end in SUFFIXES)} with "
-                f"{', '.join(PARTS)} in its name; give the folder of WikiText's wiki.train.raw and so on."
+                f"data_folder {str(source)!r} holds no text: no file {' or '.join(f'*{end}' for end in SUFFIXES)} in "
+                f"whose name a word begins with {', '.join(PARTS[:-1])} or {PARTS[-1]}, as in wiki.train.raw or "
+                f"my_train.txt{unlike(source)}; give such a folder, or rename the files."
             )
     else:
         raise ManifestError(f"data_folder {str(source)!r} does not exist; give a folder of text files, or one file.")
@@ -150,8 +206,7 @@ def find_texts(source: Path, say: Callable[[str], object]) -> dict[str, Path]:
 def find_part(folder: Path, part: str, say: Callable[[str], object]) -> Path | None:
     """The text of one part; the best kind where there are several."""
     found = sorted(
-        path for path in folder.iterdir()
-        if path.is_file() and is_named(path, part) and path.suffix.lower() in SUFFIXES
+        path for path in folder.iterdir() if is_text(path, part)
     )
     for end in SUFFIXES:
         fitting = [path for path in found if path.suffix.lower() == end]
@@ -167,8 +222,21 @@ def find_part(folder: Path, part: str, say: Callable[[str], object]) -> Path | N
     return None
 
 
+def is_text(path: Path, part: str) -> bool:
+    """Whether a file is a text of a part by its name."""
+    return path.is_file() and is_named(path, part) and path.suffix.lower() in SUFFIXES
+
+
+def unlike(folder: Path) -> str:
+    """The files that the rule for names passes over, though a part is in their names."""
+    names = (path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+    passed = sorted(name for name in names if any(part in name.lower() for part in PARTS))
+    return f" (not {', '.join(passed)})" if passed else ""
+
+
 def is_named(path: Path, part: str) -> bool:
-    """Whether a file's name speaks of a part: "my_test.txt" and "validation.raw" do, "latest.txt" does not."""
+    """Whether a word in a file's name begins with a part's: in "my_test.txt" and "validation.raw", not in
+    "latest.txt"."""
     return not path.name.startswith(".") and re.search(f"(?<![a-z]){part}", path.name.lower()) is not None
 
 
@@ -176,7 +244,7 @@ def check_arguments(files: Mapping[str, Path], bpe_folder: str | Path | None, wo
                     dictionary: str | Path | None, num_workers: int | None) -> None:
     """Refuse what cannot be meant."""
     if words and bpe_folder is not None:
-        raise ConfigError("both bpe_folder and words are given; byte pairs or words, choose one.")
+        raise ConfigError(BOTH)
     if not words and bpe_folder is None:
         raise ConfigError(
             f"bpe_folder is missing; give the folder that holds GPT-2's {ENCODER_FILE} and {MERGES_FILE}, or --words "
@@ -235,19 +303,31 @@ def is_unchanged(output: Path, summary: Mapping[str, dict], key: str) -> bool:
     return all((output / name).is_file() and stamp(output / name) == value for name, value in files.items())
 
 
-def tell(output: Path, reports: Mapping[str, PartReport], say: Callable[[str], object]) -> None:
-    """What was made."""
+def tell(output: Path, reports: Mapping[str, PartReport], say: Callable[[str], object], *, is_built: bool) -> None:
+    """What was made, and a warning where a dictionary of byte pairs that was built from train lacks much."""
     size = len(TextDictionary.from_file(output / DICT_FILE))
     say(f"wrote {output}: {DICT_FILE} of {size:,} entries (with 4 special ones)")
     for part, report in reports.items():
         say(f"  {part}: {report}")
+    worst = max(reports, key=lambda part: share_unknown(reports[part]))
+    if is_built and share_unknown(reports[worst]) > MOST_UNKNOWN:
+        say(
+            f"warning: {100 * share_unknown(reports[worst]):.3g} % of the tokens of {worst} are <unk>, for {DICT_FILE} "
+            "has only the pieces that occur in train; give GPT-2's whole dictionary (the dict.txt beside fairseq's "
+            f"{ENCODER_FILE} and {MERGES_FILE}) with --dict."
+        )
+
+
+def share_unknown(report: PartReport) -> float:
+    """The share of a part's tokens that the dictionary lacks."""
+    return report.unknown / max(1, report.tokens)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("--data_folder", required=True, help="text files named *train*, *valid*, *test*, or one text file")
+    add("--data_folder", required=True, help="text files as wiki.train.raw, my_valid.txt, test.txt, or one file")
     add("--output_folder", required=True, help="where dict.txt and the binary files go")
     add("--bpe_folder", help="GPT-2's encoder.json and vocab.bpe")
     add("--words", action="store_true", help="words between white space instead of byte pairs")

@@ -19,6 +19,7 @@ import soundfile
 
 from tests.faults.real_runs import (
     ASR,
+    DIGITS,
     FIXTURES,
     ODD_AUDIO,
     PRETRAINING,
@@ -384,8 +385,8 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can write")
 def test_an_output_folder_without_the_right_to_write(tmp_path):
-    refused(TEMPLATE, digits_words(Path("/proc/run")), "--output_folder /proc/run cannot be written: the file or "
-            "folder '/proc/run' does not exist; check the path.")  # fmt: skip
+    refused(TEMPLATE, digits_words(Path("/proc/run")), "--output_folder /proc/run cannot be made there; choose "
+            "another folder.")  # fmt: skip
     if os.geteuid() != 0:
         tmp_path.chmod(0o500)
         refused(TEMPLATE, digits_words(tmp_path / "run"),
@@ -467,11 +468,20 @@ def test_a_manifest_that_changed_between_two_parts_of_a_run(begun, manifest):
     ):
         refused(TEMPLATE, digits_words(begun, train_manifest=manifest(**change), max_updates=4),
                 f"the data changed since the checkpoint {begun / 'save' / 'step_00000002'}: train ({words}); its place "
-                "in the epoch means other utterances now. Restore the former manifests to go on with this run, or give "
+                "in the epoch means other data now. Restore the former data to go on with this run, or give "
                 "another --output_folder to begin one on the new data.")  # fmt: skip
         assert checkpoints(begun) == before
     # the same recordings in another folder are the same data
     assert run_here(TEMPLATE, digits_words(begun, train_manifest=manifest(), max_updates=4)).code == 0
+
+
+def test_a_validation_set_that_changed_is_told(begun, manifest):
+    words = "The validation set has changed since the checkpoint step_00000002: "
+    for path, times in ((DIGITS / "test.csv", 0), (manifest(), 1)):
+        ended = run_here(TEMPLATE, digits_words(begun, valid_manifest=path, max_updates=3))
+        assert ended.code == 0 and ended.stderr.count(words) == times, ended.stderr[-3000:]
+        for place in (begun / "save").glob("step_00000003"):
+            shutil.rmtree(place)
 
 
 def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(begun):

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.real_runs import COMMON, FIXTURES, ROOT, Ended, Stop, run_forked, run_here, words_of
+from tests.faults.real_runs import COMMON, FIXTURES, ROOT, TEXT, Ended, Stop, run_forked, run_here, text_words, words_of
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
 from toolkit.data.text_dictionary import TextDictionary
+from toolkit.data.tokens import load_tokenizer
 from toolkit.models.data2vec import Data2VecText
 from toolkit.models.encoder import Wav2Vec2Encoder
 from toolkit.models.model_files import save_model_folder
@@ -202,11 +204,59 @@ def test_a_data2vec_folder_gives_its_encoder_and_its_tokens(output, tmp_path):
     )
     keys = {"pretrained": tmp_path / "m", "lr": "1e-12", "head_dropout": 0.0, "encoder_training.dropout": 0.0}
     ended = done(output, **keys)
-    assert f"tokens: those of {tmp_path / 'm'} (bpe_folder and dict do not count)" in ended.stderr
+    assert f"tokens: those of {tmp_path / 'm'} (bpe_folder does not count)" in ended.stderr
     found = load_file(output / "model" / "model.safetensors")
     for name, value in encoder.state_dict().items():
         torch.testing.assert_close(found[f"encoder.{name}"], value, rtol=0, atol=1e-6)
     assert (output / "model" / "dict.txt").read_bytes() == (tmp_path / "m" / "dict.txt").read_bytes()
+    TextDictionary([str(number) for number in (0, 2, 1, *range(3, 500))]).save(tmp_path / "other.txt")
+    refused(f"{tmp_path / 'other.txt'} is another dictionary than that in {tmp_path / 'm'}: id 5 is '1' there and '2' "
+            "here; leave out --dict, for the model carries its own.", tmp_path / "again", pretrained=tmp_path / "m",
+            dict=tmp_path / "other.txt")  # fmt: skip
+
+
+@pytest.mark.parametrize("test_only", [False, True])
+def test_pretraining_goes_on_with_the_same_symbols_only(output, tmp_path, test_only):
+    prepared = FIXTURES / "fairseq_text" / "bin_own"
+    other = Path(shutil.copytree(prepared, tmp_path / "other"))
+    dictionary = TextDictionary.from_file(prepared / "dict.txt")
+    own = dictionary.symbols[4:]
+    TextDictionary(own).save(other / "dict.txt")  # with other counts
+    keys = {"max_updates": 1, "valid_splits": "[]", "test_splits": "[valid]"}
+    first = tmp_path / "text" / "model"
+    assert run_here(TEXT, text_words(first.parent, data_folder=prepared, **keys)).code == 0
+    # Evaluated is what lies in the output folder; another run begins with it.
+    keys |= {"test_only": True} if test_only else {"pretrained": first}
+    output = first.parent if test_only else output
+    assert run_here(TEXT, text_words(output, data_folder=other, **keys)).code == 0
+    TextDictionary([own[1], own[0], *own[2:]]).save(other / "dict.txt")
+    ended = run_here(TEXT, text_words(output if test_only else tmp_path / "more", data_folder=other, **keys))
+    assert ended.code == 2 and ended.error == (
+        f"{first}: the model's dict.txt is another than that of the text: id 4 is {own[0]!r} there and {own[1]!r} "
+        "here; prepare the text with the model's dict.txt (--dict), or leave the model out."
+    )
+
+
+@pytest.mark.parametrize("words_too", [False, True])
+def test_a_model_of_prepared_text_carries_its_dictionary_and_needs_only_what_is_missing(output, tmp_path, words_too):
+    prepared = FIXTURES / "fairseq_text" / ("bin_word" if words_too else "bin_own")
+    keys = {"data_folder": prepared, "words": words_too, "max_updates": 1, "valid_splits": "[]"}
+    ended = run_here(TEXT, text_words(tmp_path / "text", **keys))
+    assert ended.code == 0, ended.stderr[-3000:]
+    model = tmp_path / "text" / "model"
+    assert (model / "dict.txt").read_bytes() == (prepared / "dict.txt").read_bytes()
+    tokens = json.loads((model / "config.json").read_text(encoding="utf-8"))["tokens"]
+    assert tokens == {"kind": "dictionary", "words": words_too, "file": "dict.txt"}
+    keys = {"pretrained": model, "test_splits": "[]"}
+    if not words_too:
+        refused(f"{model} carries its dict.txt, and nothing says how text becomes its symbols; give the folder of "
+                "GPT-2's encoder.json and vocab.bpe (--bpe_folder).", output, bpe_folder="null", **keys)  # fmt: skip
+    done(output, **keys, **({"bpe_folder": "null"} if words_too else {}))
+    kind = DictionaryTokenizer if words_too else Gpt2Tokenizer
+    assert isinstance(load_tokenizer(output / "model"), kind)
+    assert (output / "model" / "dict.txt").read_bytes() == (prepared / "dict.txt").read_bytes()
+    evaluated = done(tmp_path / "eval", pretrained=output / "model", test_only="True", bpe_folder="null")
+    assert f"model, tokens and labels: {output / 'model'}" in evaluated.stderr
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

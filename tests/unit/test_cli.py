@@ -96,6 +96,22 @@ def test_inspect_a_manifest_a_yaml_and_tensors(tmp_path, capsys):
     assert "weight  (2, 3) F32" in text
 
 
+def test_inspect_prepared_text(tmp_path, capsys):
+    folder = ROOT / "tests" / "fixtures" / "fairseq_text" / "bin_own"
+    whole = said(capsys, "inspect", folder).splitlines()
+    assert whole == [
+        f"{folder}: text in fairseq's binary form",
+        "  dict.txt   4,048 entries (with 4 special ones), the first 262, 29, 2954, 1279, 837",
+        "  test       34 lines, 2,066 tokens, stored as uint16",
+        "  train      316 lines, 23,671 tokens, stored as uint16",
+        "  valid      45 lines, 3,278 tokens, stored as uint16",
+    ]
+    for end in (".idx", ".bin"):
+        assert said(capsys, "inspect", folder / f"train{end}").splitlines()[1:] == [whole[1], whole[3]]
+        (tmp_path / f"train{end}").write_bytes((folder / f"train{end}").read_bytes())
+    assert said(capsys, "inspect", tmp_path).splitlines()[1:] == ["  no dict.txt beside it", whole[3]]
+
+
 def test_inspect_what_is_not_there_or_nothing_known(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no .*; check the path"):
         main(["inspect", str(tmp_path / "nothing")])

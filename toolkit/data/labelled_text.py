@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.formats import not_utf8
 from toolkit.data.text import collate_text
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer, number_counts
@@ -237,7 +238,12 @@ class LabelledTexts:
     """
 
     def __init__(
-        self, rows: LabelledRows, tokenizer: Gpt2Tokenizer, labels: Sequence[str], *, max_length: int
+        self,
+        rows: LabelledRows,
+        tokenizer: Gpt2Tokenizer | DictionaryTokenizer,
+        labels: Sequence[str],
+        *,
+        max_length: int,
     ) -> None:
         numbers = {label: number for number, label in enumerate(labels)}
         for row, label in enumerate(rows.labels):

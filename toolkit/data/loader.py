@@ -111,6 +111,7 @@ class Loader:
     seed : of crops and other random items.
     max_bad_share : share of the dataset whose audio may be bad (0.01 = 1 %); 0 = none.
     pin_memory : page-locked batches, for copies to an accelerator.
+    fingerprint : tells this set from another, for a run that is resumed; "" = not known.
 
     Raises
     ------
@@ -144,6 +145,7 @@ class Loader:
         seed: int = 0,
         max_bad_share: float = 0.01,
         pin_memory: bool = False,
+        fingerprint: str = "",
     ) -> None:
         if not 0 <= rank < world_size or sampler.world_size != world_size:
             raise ConfigError(
@@ -162,7 +164,7 @@ class Loader:
             )
         self.dataset, self.sampler = dataset, sampler
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
-        self.max_bad_share = max_bad_share
+        self.max_bad_share, self.fingerprint = max_bad_share, fingerprint
         self.bad: dict[str, str] = {}
         self._maker = _BatchMaker(dataset, collate, int(seed))
         self._pin_memory = pin_memory

@@ -101,7 +101,7 @@ class TextBlocks:
         self.text, self.dictionary, self.masking = text, dictionary, masking
         self.fairseq_masks, self.name = fairseq_masks, text.prefix.name
         self.blocks: Blocks = make_blocks(
-            text.sizes, tokens_per_sample - 1, break_mode=break_mode, cut_long=cut_long
+            text.sizes, tokens_per_sample - 1, break_mode=break_mode, cut_long=cut_long, name=str(text.prefix)
         )
         self.lengths: np.ndarray = self.blocks.sizes + 1
         self._first = locate(text.sizes, self.blocks)[:, :2]
@@ -115,8 +115,9 @@ class TextBlocks:
         return f"{self.name}: {self.blocks.report()}"
 
     def fingerprint(self) -> str:
-        """Equal where the blocks are (hexadecimal): for a checkpoint, which must go on with the same text."""
-        return hashlib.sha256(repr((self.text.fingerprint(), self._settings)).encode()).hexdigest()[:16]
+        """Equal where the blocks are, and what their ids mean (hexadecimal): a checkpoint must go on with the same."""
+        content = (self.text.fingerprint(), self.dictionary.fingerprint(), self._settings)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def block_id(self, row: int) -> str:
         """Part and line (from 1) in which a block begins, and how many tokens into it."""
@@ -174,7 +175,7 @@ def collate_text(items: Sequence[Mapping[str, Any]], *, samples: int | None = No
 
 
 def open_text(
-    folder: str | Path, parts: Sequence[str], *, joined: Sequence[str] = ()
+    folder: str | Path, parts: Sequence[str], *, joined: Sequence[str] = (), dictionary: str | Path | None = None
 ) -> tuple[TextDictionary, dict[str, IndexedText | JoinedText]]:
     """The dictionary of a prepared folder, and the text of each of ``parts`` ("train", "valid", ...).
 
@@ -184,17 +185,21 @@ def open_text(
     parts : names of texts.
     joined : those of them that go on in PART1, PART2, ... as one text; fairseq reads its training part so, and no
         other.
+    dictionary : the dict.txt of a folder that holds none.
 
     Raises
     ------
     TokenError : there is no such folder or part, a file is damaged, or one of several is missing.
     """
     folder = Path(folder)
-    if not (folder / DICT_FILE).is_file():
+    path = folder / DICT_FILE
+    if dictionary is not None and not path.is_file():
+        path = Path(dictionary).expanduser()
+    elif not path.is_file():
         raise TokenError(
             f"{folder} has no {DICT_FILE}; give the folder that fairseq-preprocess or wikitext_prepare.py wrote."
         )
-    dictionary = TextDictionary.from_file(folder / DICT_FILE)
+    symbols = TextDictionary.from_file(path)
     texts: dict[str, IndexedText | JoinedText] = {}
     for part in parts:
         if not (folder / f"{part}.idx").is_file():
@@ -202,7 +207,7 @@ def open_text(
             raise TokenError(f"{folder} has no part {part!r} ({part}.idx); it has {there}.")
         pieces = [IndexedText(folder / name) for name in _piece_names(folder, part, part in joined)]
         texts[part] = pieces[0] if len(pieces) == 1 else JoinedText(pieces)
-    return dictionary, texts
+    return symbols, texts
 
 
 def _piece_names(folder: Path, part: str, joined: bool) -> list[str]:

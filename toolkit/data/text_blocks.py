@@ -51,14 +51,16 @@ class Blocks:
     def report(self) -> str:
         """The counts in words, for the log."""
         held = int(self.sizes.sum())
+        lost = self.num_tokens - held - self.separators
         parts = [f"{self.num_lines:,} lines, {self.num_tokens:,} tokens -> {len(self):,} blocks of {held:,} tokens"]
         if self.cut_lines:
-            parts.append(f"{self.cut_lines:,} lines longer than a block were cut, none of their tokens is lost")
+            kept = "" if lost else ", none of their tokens is lost"
+            parts.append(f"{self.cut_lines:,} lines longer than a block were cut{kept}")
         if self.long_lines:
             parts.append(f"{self.long_lines:,} lines longer than a block are left whole")
         if self.separators:
             parts.append(f"{self.separators:,} empty lines part the documents and are left out")
-        if lost := self.num_tokens - held - self.separators:
+        if lost:
             parts.append(f"{lost:,} tokens stood alone and are left out")
         return "; ".join(parts)
 
@@ -70,6 +72,7 @@ def make_blocks(
     break_mode: str = "complete_doc",
     cut_long: bool = True,
     separator: int = SEPARATOR,
+    name: str = "the text",
 ) -> Blocks:
     """Cut a text into blocks.
 
@@ -82,6 +85,7 @@ def make_blocks(
         one token are left out. "eos": a line each.
     cut_long : a line longer than a block is cut into pieces that fill blocks; False leaves it whole, as fairseq does.
     separator : size of a line that parts documents; 0 = there is none.
+    name : of the text, for the error.
 
     Raises
     ------
@@ -119,7 +123,7 @@ def make_blocks(
         starts, ends = starts[kept], ends[kept]
     if not len(starts):
         raise ManifestError(
-            f"the text ({len(sizes):,} lines, {total:,} tokens) gives no block with break_mode {break_mode!r}; check "
+            f"{name} ({len(sizes):,} lines, {total:,} tokens) gives no block with break_mode {break_mode!r}; check "
             "that it is not empty."
         )
     return Blocks(

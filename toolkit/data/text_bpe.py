@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.text_dictionary import DICT_FILE, SPECIALS, TextDictionary
-from toolkit.data.token_common import END, id_message, read_bytes, write_file
+from toolkit.data.text_dictionary import DICT_FILE, MASK, SPECIALS, TextDictionary
+from toolkit.data.token_common import END, id_message, read_bytes, short, write_file
 from toolkit.errors import TokenError
 
 ENCODER_FILE, MERGES_FILE = "encoder.json", "vocab.bpe"
@@ -145,7 +145,7 @@ class Gpt2Tokenizer:
             if not 0 <= index < self.vocab_size:
                 raise TokenError(id_message(index, self.vocab_size))
             symbol = self.dictionary.symbols[index] if len(SPECIALS) <= index < len(self.dictionary) else ""
-            if symbol.isdigit():
+            if is_gpt2_number(symbol):
                 numbers.append(int(symbol))
         return self.bpe.decode(numbers)
 
@@ -154,6 +154,38 @@ class Gpt2Tokenizer:
         self.bpe.save(folder)
         self.dictionary.save(Path(folder) / DICT_FILE)
         return DICT_FILE
+
+
+def is_gpt2_number(symbol: str) -> bool:
+    """Whether a dictionary's symbol is the number of one of GPT-2's pieces.
+
+    Example
+    -------
+    >>> [is_gpt2_number(symbol) for symbol in ("262", "50257", "the", "²")]
+    [True, False, False, False]
+    """
+    return symbol.isascii() and symbol.isdecimal() and len(symbol) <= 5 and int(symbol) < NUM_PIECES
+
+
+def holds_gpt2_numbers(dictionary: TextDictionary) -> bool:
+    """Whether at least half of the dictionary's own symbols are GPT-2's numbers; fillers and the mask do not count."""
+    own = [name for name in dictionary.symbols[len(SPECIALS) :] if name != MASK and not name.startswith("madeupword")]
+    return 2 * sum(map(is_gpt2_number, own)) >= len(own)
+
+
+def check_gpt2_dictionary(dictionary: TextDictionary, source: str | os.PathLike[str]) -> None:
+    """Refuse GPT-2's byte pairs for a dictionary of something else, as words, which would be unknown tokens all.
+
+    Raises
+    ------
+    TokenError : less than half of the symbols are GPT-2's numbers; ``source`` is where the dictionary was read.
+    """
+    if not holds_gpt2_numbers(dictionary):
+        raise TokenError(
+            f"the symbols of {source} are no numbers of GPT-2's pieces (the first is "
+            f"{short(dictionary.symbols[len(SPECIALS)])}), so bpe_folder does not fit it; leave out bpe_folder, or "
+            f"give the {DICT_FILE} of a text in GPT-2's byte pairs."
+        )
 
 
 def number_counts(counts: np.ndarray) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,24 @@ class TextDictionary:
         counts[: len(self)] = self.counts
         counts[: len(SPECIALS)] = 0
         return counts
+
+    def fingerprint(self) -> str:
+        """Equal where every id means the same symbol (hexadecimal), whatever the counts."""
+        return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()[:16]
+
+    def difference(self, other: TextDictionary) -> str:
+        """The first id that means another symbol in ``other``, "" where there is none; counts do not matter.
+
+        Example
+        -------
+        >>> TextDictionary(["a", "b"]).difference(TextDictionary(["a", "c"]))
+        "id 5 is 'b' there and 'c' here"
+        """
+        for index, pair in enumerate(zip_longest(self.symbols, other.symbols)):
+            if pair[0] != pair[1]:
+                there, here = ("none" if symbol is None else short(symbol) for symbol in pair)
+                return f"id {index} is {there} there and {here} here"
+        return ""
 
     def index(self, symbol: str) -> int:
         """Id of ``symbol``, 3 (``<unk>``) if it is unknown."""

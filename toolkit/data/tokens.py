@@ -1,4 +1,4 @@
-"""From text to token ids and back: letters (fairseq's dict.ltr.txt), SentencePiece, and GPT-2's byte pairs.
+"""From text to token ids and back: letters (fairseq's dict.ltr.txt), SentencePiece, GPT-2's byte pairs, and words.
 
 Id 0 is the CTC blank in the first two. A tokenizer is saved into a ``model/`` folder as a plain file and a few words
 in ``config.json``; :func:`load_tokenizer` reads them back without running any code of the folder's.
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.letters import LETTERS_FILE, LetterTokenizer
 from toolkit.data.subwords import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from toolkit.data.text_bpe import Gpt2Tokenizer
@@ -20,15 +21,19 @@ from toolkit.errors import TokenError
 __all__ = [
     "LETTERS_FILE",
     "SENTENCEPIECE_FILE",
+    "DictionaryTokenizer",
     "Gpt2Tokenizer",
     "LetterTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "dictionary_difference",
     "load_tokenizer",
 ]
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> LetterTokenizer | SentencePieceTokenizer | Gpt2Tokenizer:
+def load_tokenizer(
+    folder: str | os.PathLike[str],
+) -> LetterTokenizer | SentencePieceTokenizer | Gpt2Tokenizer | DictionaryTokenizer:
     """The tokenizer of a ``model/`` folder: its kind and options from ``config.json``, its symbols from the file
     beside it.
 
@@ -58,10 +63,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LetterTokenizer | Sentence
         return SentencePieceTokenizer.from_file(folder / SENTENCEPIECE_FILE, **options)
     if kind == "gpt2":
         return Gpt2Tokenizer.from_folder(folder)
+    if kind == "dictionary":
+        return DictionaryTokenizer.from_folder(folder, words=config.get("words") is True)
     raise TokenError(
-        f"{folder / 'config.json'}: the tokens are of kind {kind!r}, expected letters, sentencepiece or gpt2; the "
-        "folder may come from a newer version of the toolkit."
+        f"{folder / 'config.json'}: the tokens are of kind {kind!r}, expected letters, sentencepiece, gpt2 or "
+        "dictionary; the folder may come from a newer version of the toolkit."
     )
+
+
+def dictionary_difference(kept: Tokenizer | None, given: Tokenizer | None) -> str:
+    """The first symbol in which the dictionaries of two tokenizers differ, in words; "" where they do not, or one of
+    them has none."""
+    if isinstance(kept, Gpt2Tokenizer | DictionaryTokenizer) and isinstance(given, Gpt2Tokenizer | DictionaryTokenizer):
+        return kept.dictionary.difference(given.dictionary)
+    return ""
 
 
 def _token_config(folder: Path) -> dict[str, Any] | None:

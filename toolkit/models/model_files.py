@@ -193,6 +193,8 @@ def load_tensors(
     """
     own = module.state_dict()
     advice = f"build the model with the settings in the folder's {CONFIG_FILE}."
+    if not (Path(source) / CONFIG_FILE).is_file():
+        advice = "build the model with that file's sizes, which `python -m toolkit inspect` tells."
     if missing := sorted(own.keys() - tensors.keys() - allowed):
         raise CheckpointError(
             f"{source}: {len(missing)} of the model's {len(own)} tensors are not in the file ({_some(missing)}); "

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from toolkit.data.tokens import Tokenizer, dictionary_difference
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.convert.common import Converted
 from toolkit.models.convert.load import check_difference
@@ -135,6 +136,7 @@ def load_whole_model(
     sample_rate: int,
     normalize: bool,
     say: Callable[[str], object],
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[int, bool]:
     """Load a model of a known kind from its folder, and what audio it hears.
 
@@ -145,6 +147,7 @@ def load_whole_model(
     kind : what the folder has to be of.
     sample_rate, normalize : Hz and normalization of the settings, for a model without a folder; 0 and False of text.
     say : takes the report.
+    tokenizer : of the data; its dictionary must be the folder's, where that has one.
 
     Returns
     -------
@@ -152,7 +155,7 @@ def load_whole_model(
 
     Raises
     ------
-    CheckpointError : the folder cannot be used, is of another kind, or does not fit the model.
+    CheckpointError : the folder cannot be used, is of another kind or dictionary, or does not fit the model.
 
     Example
     -------
@@ -167,6 +170,11 @@ def load_whole_model(
         raise CheckpointError(
             f"{folder}: this is a model of kind {config.kind!r}, expected {kind!r}; give the model/ folder of a run of "
             "that kind."
+        )
+    if difference := dictionary_difference(contents.tokenizer, tokenizer):
+        raise CheckpointError(
+            f"{folder}: the model's dict.txt is another than that of the text: {difference}; prepare the text with the "
+            "model's dict.txt (--dict), or leave the model out."
         )
     say(str(load_part("model", model, contents, folder)))
     if kind in TEXT_KINDS:

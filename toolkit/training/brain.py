@@ -216,6 +216,8 @@ class Brain:
         if self.options.test_only:
             self.say("test_only: no training.")
             return
+        if self.saver.checkpointer is not None:
+            self.saver.checkpointer.validation = getattr(valid_loader, "fingerprint", "")
         self._prepare_fit(train_loader)
         try:
             self._fit(train_loader, valid_loader)

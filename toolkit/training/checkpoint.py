@@ -71,6 +71,7 @@ class Checkpointer:
     log : called with each warning, a sentence; None: ``warnings.warn``.
 
     ``describe_changes`` may hold, by the name of a manifest, what says how its rows differ from those of the run.
+    ``validation`` is the fingerprint of the validation set ("" = none, or not known); another one on resuming is told.
 
     Example
     -------
@@ -108,6 +109,7 @@ class Checkpointer:
         self.manifests = dict(manifests or {})
         self.describe_changes: dict[str, Callable[[], str]] = {}
         self.settings = dict(settings or {})
+        self.validation = ""
         self._log = log
         self._objects: dict[str, Any] = {}
         self._verified: set[Path] = set()
@@ -172,6 +174,7 @@ class Checkpointer:
             "state": split_state(dict(state or {}), where="the run")[0],
             "objects": values,
             "manifests": dict(self.manifests),
+            "validation": self.validation,
             "settings": split_state(self.settings, where="the settings")[0],
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
@@ -262,7 +265,8 @@ class Checkpointer:
         Arguments
         ---------
         names : only these objects; None: all.
-        resume : the run goes on from here: manifests must be the same, changed settings are warned of.
+        resume : the run goes on from here: manifests must be the same; changed settings and another validation set are
+            warned of.
 
         Raises
         ------
@@ -276,6 +280,7 @@ class Checkpointer:
             raise CheckpointError(f"the checkpoint {path} was written by a newer version of the toolkit; update it.")
         if resume:
             self._compare_manifests(path, content.get("manifests", {}))
+            self._compare_validation(path, content.get("validation"))
             self._compare_settings(path, join_state(content.get("settings", {}), _no_tensor))
         for name in names if names is not None else tuple(self._objects):
             if name not in self._objects:
@@ -421,8 +426,15 @@ class Checkpointer:
             told = [f"{name} ({words})" if words else name for name, words in how]
             raise CheckpointError(
                 f"the data changed since the checkpoint {path}: {some_names(told)}; its place in the epoch means "
-                "other utterances now. Restore the former manifests to go on with this run, or give another "
-                "--output_folder to begin one on the new data."
+                "other data now. Restore the former data to go on with this run, or give another --output_folder to "
+                "begin one on the new data."
+            )
+
+    def _compare_validation(self, path: Path, saved: Any) -> None:
+        if saved and self.validation and saved != self.validation:
+            self._warn(
+                f"The validation set has changed since the checkpoint {path.name}: the best so far was found on other "
+                "data, and later validations do not compare with it."
             )
 
     def _compare_settings(self, path: Path, saved: Mapping[str, Any]) -> None:

@@ -279,7 +279,7 @@ class Experiment:
         sampler = EvaluationSampler(
             dataset.manifest.durations, batch_seconds=batch_seconds, world_size=self.world.size
         )
-        return self.planned_loader(dataset, sampler, collate=collate)
+        return self.planned_loader(dataset, sampler, collate=collate, fingerprint=dataset.manifest.fingerprint())
 
     def planned_train_loader(
         self, dataset: Any, sampler: Any, fingerprint: str, *, collate: Callable[..., Any]
@@ -290,9 +290,11 @@ class Experiment:
             self._checkpointer.manifests.update(self._manifests)
         if not self.options.test_only:
             self.say(sampler.report())
-        return self.planned_loader(dataset, sampler, collate=collate)
+        return self.planned_loader(dataset, sampler, collate=collate, fingerprint=fingerprint)
 
-    def planned_loader(self, dataset: Any, sampler: Any, *, collate: Callable[..., Any]) -> Loader:
+    def planned_loader(
+        self, dataset: Any, sampler: Any, *, collate: Callable[..., Any], fingerprint: str = ""
+    ) -> Loader:
         """Any set with a sampler made for it, this rank's share, by the options of this run."""
         return Loader(
             dataset,
@@ -304,6 +306,7 @@ class Experiment:
             seed=self.options.seed,
             max_bad_share=self.options.max_bad_share,
             pin_memory=self.device.pin_memory,
+            fingerprint=fingerprint,
         )
 
     def finish(

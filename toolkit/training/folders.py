@@ -110,6 +110,8 @@ def open_output_folder(folder: Path | str) -> FolderLock:
         raise ConfigError(
             f"--output_folder {folder} lies at or under a file, not a folder; choose another name."
         ) from error
+    except FileNotFoundError as error:  # a place in which nobody makes folders, as /proc
+        raise ConfigError(f"--output_folder {folder} cannot be made there; choose another folder.") from error
     except OSError as error:
         raise ConfigError(f"--output_folder {folder} cannot be written: {describe_os_error(error)}") from error
 

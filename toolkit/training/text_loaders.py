@@ -57,4 +57,4 @@ def text_eval_loader(
 ) -> Loader:
     """A validation or test text, shared out over the ranks, nothing dropped."""
     sampler = TokenEvaluationSampler(blocks.lengths, batch_tokens=batch_tokens, world_size=experiment.world.size)
-    return experiment.planned_loader(blocks, sampler, collate=collate)
+    return experiment.planned_loader(blocks, sampler, collate=collate, fingerprint=blocks.fingerprint())

@@ -9,12 +9,14 @@ measures the loss of what the output folder holds. See README.md.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that the script runs from a clone, installed or not
 
 from recipes.WikiText.wikitext_prepare import prepare_text
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.text import TextBatch, TextBlocks, open_text
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
 from toolkit.data.text_dictionary import TextDictionary
@@ -70,7 +72,8 @@ def read_parts(experiment: Experiment) -> tuple[TextDictionary, TextBlocks | Non
         dictionary=hparams["dict"],
         say=experiment.say,
     )
-    dictionary, texts = open_text(folder, list(dict.fromkeys([*train, *valid, *tests])), joined=train)
+    parts = list(dict.fromkeys([*train, *valid, *tests]))
+    dictionary, texts = open_text(folder, parts, joined=train, dictionary=hparams["dict"])
     masking = TextMasking(
         mask_id=dictionary.mask_id,
         vocab_size=dictionary.vocab_size,
@@ -90,14 +93,19 @@ def read_parts(experiment: Experiment) -> tuple[TextDictionary, TextBlocks | Non
     return dictionary, blocks(train[0]) if train else None, {part: blocks(part) for part in (*valid, *tests)}
 
 
+def make_tokenizer(hparams: Mapping[str, Any], dictionary: TextDictionary) -> Gpt2Tokenizer | DictionaryTokenizer:
+    """What stays beside the model: the dictionary in any case, and how text becomes its symbols where that is known."""
+    if hparams["bpe_folder"] is None:
+        return DictionaryTokenizer(dictionary, words=hparams["words"])
+    return Gpt2Tokenizer(Gpt2Bpe.from_folder(Path(hparams["bpe_folder"]).expanduser()), dictionary)
+
+
 def main(argv: Sequence[str]) -> None:
     """Prepare, train, evaluate, write model/ and summary.json."""
     with start(argv, script=__file__) as experiment:
         hparams = experiment.hparams
         dictionary, train, others = read_parts(experiment)
-        tokenizer = None
-        if hparams["bpe_folder"] is not None:
-            tokenizer = Gpt2Tokenizer(Gpt2Bpe.from_folder(hparams["bpe_folder"]), dictionary)
+        tokenizer = make_tokenizer(hparams, dictionary)
         encoder = hparams["encoder"](vocab_size=dictionary.vocab_size, max_positions=hparams["tokens_per_sample"])
         model = hparams["model"](encoder, mask_id=dictionary.mask_id)
         load_whole_model(
@@ -107,6 +115,7 @@ def main(argv: Sequence[str]) -> None:
             sample_rate=0,
             normalize=False,
             say=experiment.say,
+            tokenizer=tokenizer,
         )
         brain = experiment.brain(
             TextPretraining,

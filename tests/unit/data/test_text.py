@@ -98,6 +98,17 @@ def test_fingerprint_is_of_text_and_blocks():
     assert len(prints) == 3 and blocks_of().fingerprint() in prints
 
 
+def test_a_text_without_blocks_is_named(tmp_path):
+    with IndexedTextWriter(tmp_path / "valid", "<u2") as writer:
+        writer.add(np.array([2, 2, 2]), np.array([1, 1, 1]))
+    with pytest.raises(ManifestError) as error:
+        TextBlocks(IndexedText(tmp_path / "valid"), TextDictionary(["a"]))
+    assert str(error.value) == (
+        f"{tmp_path / 'valid'} (3 lines, 3 tokens) gives no block with break_mode 'complete_doc'; check that it is not "
+        "empty."
+    )
+
+
 def test_a_dictionary_of_another_text_is_refused(tmp_path):
     folder = Path(shutil.copytree(TEXT / "bin_own", tmp_path / "mixed"))
     TextDictionary([f"w{number}" for number in range(100)]).save(folder / "dict.txt")

@@ -118,8 +118,8 @@ def test_the_report_counts_everything():
     )
     # a one-token piece that stands alone in its document (blocks of two tokens cannot spare another)
     assert make_blocks(np.array([3]), 2).report() == (
-        "1 lines, 3 tokens -> 1 blocks of 2 tokens; 1 lines longer than a block were cut, none of their tokens is "
-        "lost; 1 tokens stood alone and are left out"
+        "1 lines, 3 tokens -> 1 blocks of 2 tokens; 1 lines longer than a block were cut; 1 tokens stood alone and are "
+        "left out"
     )
 
 
@@ -139,9 +139,9 @@ def test_bad_arguments_of_blocks(arguments, message):
 
 def test_a_text_of_empty_lines_gives_no_block():
     with pytest.raises(ManifestError) as error:
-        make_blocks(np.ones(3, dtype=np.int32), 8)
+        make_blocks(np.ones(3, dtype=np.int32), 8, name="prepared/valid")
     assert str(error.value) == (
-        "the text (3 lines, 3 tokens) gives no block with break_mode 'complete_doc'; check that it is not empty."
+        "prepared/valid (3 lines, 3 tokens) gives no block with break_mode 'complete_doc'; check that it is not empty."
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
 from toolkit.data.indexed_text import IndexedText, IndexedTextWriter
 from toolkit.data.text_binarize import binarize, read_text_lines
 from toolkit.data.text_bpe import Gpt2Bpe, Gpt2Tokenizer
@@ -308,6 +309,28 @@ def test_tokenizer_of_a_model(bpe, tmp_path):
     assert again.encode("the game") == ids[1:-1]
     with pytest.raises(TokenError, match=r"^token id 50265 is outside the vocabulary of 50265; "):
         tokenizer.decode([50265])
+
+
+def test_symbols_that_only_look_like_numbers_have_no_text(bpe):
+    symbols = ["262", "²", "٣", "50257", "9" * 5000, "the"]
+    tokenizer = Gpt2Tokenizer(bpe, TextDictionary(symbols))
+    assert tokenizer.decode(range(4, 4 + len(symbols))) == " the"
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_a_dictionary_alone_encodes_words_and_nothing_that_it_does_not_know(tmp_path, words):
+    tokenizer = DictionaryTokenizer(TextDictionary(["the", "game", "<mask>"]), words=words)
+    (tmp_path / tokenizer.save(tmp_path)).with_name("config.json").write_text(json.dumps({"tokens": tokenizer.config}))
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, DictionaryTokenizer) and (again.vocab_size, again.mask_id) == (7, 6)
+    assert again.decode([0, 5, 4, 6, 2, 1]) == "game the"
+    with pytest.raises(TokenError, match=r"^token id 7 is outside the vocabulary of 7; "):
+        again.decode([7])
+    if words:
+        assert again.encode(" the old\tgame ", special=True) == [0, 4, 3, 5, 2] and again.encode("game") == [5]
+    else:
+        with pytest.raises(TokenError, match=r"^the model's tokens are a dict\.txt alone, .* text cannot be encoded"):
+            again.encode("the game")
 
 
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])

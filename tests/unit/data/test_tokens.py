@@ -322,8 +322,8 @@ def test_folders_without_tokens(tmp_path):
     with pytest.raises(TokenError) as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / 'config.json'}: the tokens are of kind 'phones', expected letters, sentencepiece or gpt2; "
-        "the folder may come from a newer version of the toolkit."
+        f"{tmp_path / 'config.json'}: the tokens are of kind 'phones', expected letters, sentencepiece, gpt2 or "
+        "dictionary; the folder may come from a newer version of the toolkit."
     )
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(TokenError) as caught:

@@ -6,7 +6,7 @@ import torch
 from tests.unit.models.tiny import encoder, pretraining
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.ctc import CTCModel
-from toolkit.models.model_files import save_model_folder
+from toolkit.models.model_files import load_tensors, save_model_folder
 from toolkit.models.pretrainer import Pretrainer
 
 
@@ -73,6 +73,18 @@ def test_nothing_that_fits_is_an_error_even_if_allowed(folders):
             allow_unexpected=["*"],
         ).load()
     assert str(error.value) == (f"{path / 'ctc'}: none of the 2 tensors of 'decoder' is in the folder; give another.")
+
+
+def test_another_size_in_a_folder_and_in_a_file(folders):
+    path, models = folders
+    advice = {
+        path / "ctc": "build the model with the settings in the folder's config.json.",
+        path / "model.pt": "build the model with that file's sizes, which `python -m toolkit inspect` tells.",
+    }
+    for source, words in advice.items():
+        with pytest.raises(CheckpointError) as error:
+            load_tensors(CTCModel(encoder(), 8), models["ctc"].state_dict(), source=source)
+        assert str(error.value).startswith(f"{source}: head.") and str(error.value).endswith(f"; {words}")
 
 
 def test_no_folder_leaves_a_part_alone():

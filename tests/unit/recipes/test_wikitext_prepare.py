@@ -13,6 +13,7 @@ import pytest
 
 from recipes.WikiText import wikitext_prepare as prepare
 from toolkit.data.text import TextBlocks, open_text
+from toolkit.data.text_dictionary import TextDictionary
 from toolkit.errors import ConfigError, ManifestError, TokenError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,6 +49,8 @@ def test_the_command_writes_what_fairseq_writes(tmp_path: Path) -> None:
         "  train: 316 lines (105 empty), 23,671 tokens with line ends, 0 % not in the dictionary",
         "  valid: 45 lines (17 empty), 3,278 tokens with line ends, 19.2 % not in the dictionary",
         "  test: 34 lines (7 empty), 2,066 tokens with line ends, 20.9 % not in the dictionary",
+        "warning: 20.9 % of the tokens of test are <unk>, for dict.txt has only the pieces that occur in train; give "
+        "GPT-2's whole dictionary (the dict.txt beside fairseq's encoder.json and vocab.bpe) with --dict.",
     ]
 
 
@@ -109,7 +112,7 @@ def test_parts_of_an_earlier_run_do_not_stay_beside_another_dictionary(texts: Pa
     folder, _ = run(texts, tmp_path / "out")
     (folder / "notes.txt").write_text("mine\n")
     (texts / "train.raw").unlink()
-    run(texts, folder, dictionary=TEXT / "bin_word" / "dict.txt")
+    run(texts, folder, dictionary=TEXT / "bin_word" / "dict.txt", words=True)
     assert sorted(path.name for path in folder.iterdir()) == [
         "dict.txt", "notes.txt", "test.bin", "test.idx", "valid.bin", "valid.idx", "wikitext_prepare.json",
     ]  # fmt: skip
@@ -129,6 +132,62 @@ def test_a_prepared_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert said == [f"{folder} holds fairseq's binary files, taken as they are"]
     dictionary, parts = open_text(folder, ["train"])
     assert len(TextBlocks(parts["train"], dictionary)) > 0
+
+
+def test_a_dictionary_or_byte_pairs_that_do_not_fit_a_prepared_folder(tmp_path: Path) -> None:
+    """They would do nothing, and the run go on without a word."""
+    numbers, in_words, none = TEXT / "bin_own", TEXT / "bin_word", tmp_path / "none"
+    other = in_words / "dict.txt"
+    cases = [
+        (numbers, {"dictionary": other},
+         f"{numbers} is prepared with its own dict.txt, and {other} is another: id 4 is '262' there and 'the' here; "
+         "leave out --dict, or prepare the raw text with it."),
+        (numbers, {"dictionary": none},
+         f"the token file {none} cannot be read (No such file or directory); check the path."),
+        (numbers, {"bpe_folder": none},
+         f"the BPE folder {none} has no encoder.json; give the folder that holds GPT-2's encoder.json and vocab.bpe."),
+        (in_words, {"bpe_folder": BPE},
+         f"the symbols of {other} are no numbers of GPT-2's pieces (the first is 'the'), so bpe_folder does not fit "
+         "it; leave out bpe_folder, or give the dict.txt of a text in GPT-2's byte pairs."),
+        (numbers, {"words": True},
+         f"the symbols of {numbers / 'dict.txt'} are the numbers of GPT-2's pieces, no words; leave out --words."),
+        (numbers, {"words": True, "bpe_folder": BPE},
+         "both bpe_folder and words are given; byte pairs or words, choose one."),
+    ]  # fmt: skip
+    for folder, options, message in cases:
+        with pytest.raises((ConfigError, TokenError)) as error:
+            run(folder, tmp_path / "out", **{"bpe_folder": None, **options})
+        assert str(error.value) == message
+    lines = (numbers / "dict.txt").read_text().splitlines()
+    (tmp_path / "counts.txt").write_text("".join(f"{line.split()[0]} 7\n" for line in lines))
+    assert run(numbers, tmp_path / "out", dictionary=tmp_path / "counts.txt")[0] == numbers
+    assert run(in_words, tmp_path / "out", words=True)[0] == in_words
+
+
+def test_words_given_as_the_dictionary_of_byte_pairs(tmp_path: Path) -> None:
+    with pytest.raises(TokenError, match=r"bpe_folder does not fit it; "):
+        run(TEXT / "raw", tmp_path / "out", dictionary=TEXT / "bin_word" / "dict.txt")
+
+
+def test_binary_text_whose_dictionary_lies_elsewhere(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TEXT / "bin_own", tmp_path / "bare"))
+    given = (folder / "dict.txt").rename(tmp_path / "elsewhere.txt")
+    with pytest.raises(ManifestError) as error:
+        run(folder, tmp_path / "out")
+    assert str(error.value) == (
+        f"{folder} holds test.idx, train.idx, valid.idx, but no dict.txt beside it; copy the one that was written with "
+        "it there, or name it with --dict."
+    )
+    assert run(folder, tmp_path / "out", dictionary=given)[0] == folder
+    dictionary, parts = open_text(folder, ["train"], dictionary=given)
+    assert len(TextBlocks(parts["train"], dictionary)) > 0
+
+
+def test_a_whole_dictionary_needs_no_warning(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.txt"
+    TextDictionary([str(number) for number in range(50257)]).save(whole)
+    _, said = run(TEXT / "raw", tmp_path / "out", dictionary=whole)
+    assert len(said) == 4 and said[2].endswith(" 0 % not in the dictionary")
 
 
 def test_texts_and_results_may_share_a_folder(texts: Path) -> None:
@@ -173,10 +232,16 @@ def test_a_single_file(tmp_path: Path, name: str, part: str) -> None:
 
 def test_bad_folders(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "mytrain.txt").write_text("a\n")
     shutil.copy(texts / "train.raw", texts / "train2.raw")
     cases = {
         tmp_path / "empty": f"data_folder '{tmp_path / 'empty'}' holds no text: no file *.raw or *.tokens or *.txt "
-        "with train, valid, test in its name; give the folder of WikiText's wiki.train.raw and so on.",
+        "in whose name a word begins with train, valid or test, as in wiki.train.raw or my_train.txt; give such a "
+        "folder, or rename the files.",
+        tmp_path / "near": f"data_folder '{tmp_path / 'near'}' holds no text: no file *.raw or *.tokens or *.txt "
+        "in whose name a word begins with train, valid or test, as in wiki.train.raw or my_train.txt (not "
+        "mytrain.txt); give such a folder, or rename the files.",
         texts: f"{texts} holds several texts for train: train.raw, train2.raw; keep one of them in it.",
     }
     for folder, message in cases.items():

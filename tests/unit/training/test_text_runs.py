@@ -112,3 +112,25 @@ def test_a_checkpoint_of_another_text_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.TEXT", other)
     with pytest.raises(CheckpointError, match=r"^the data changed since the checkpoint .*: train; "):
         train(tmp_path / "run", max_updates=3)
+
+
+def test_a_changed_dictionary_is_refused_and_a_changed_validation_set_told(tmp_path, monkeypatch):
+    train(tmp_path / "run", max_updates=2)
+    other = Path(shutil.copytree(TEXT, tmp_path / "other"))
+    lines = (other / "dict.txt").read_text().splitlines(keepends=True)
+    (other / "dict.txt").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    monkeypatch.setattr(f"{__name__}.TEXT", other)
+    with pytest.raises(CheckpointError, match=r": train; its place in the epoch means other data now\."):
+        train(tmp_path / "run", max_updates=3)
+    (other / "dict.txt").write_text("".join(lines))
+    for end in (".bin", ".idx"):
+        shutil.copy(other / f"test{end}", other / f"valid{end}")
+    sentence = (
+        "The validation set has changed since the checkpoint step_00000002: the best so far was found on other data, "
+        "and later validations do not compare with it."
+    )
+    train(tmp_path / "run", max_updates=3)
+    log = (tmp_path / "run" / "run" / "log.txt").read_text()
+    assert log.count(sentence) == 1 and "resumed at update 2" in log
+    train(tmp_path / "run", max_updates=4)
+    assert (tmp_path / "run" / "run" / "log.txt").read_text().count(sentence) == 1

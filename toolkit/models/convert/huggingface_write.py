@@ -111,7 +111,8 @@ def _describe(converted: Converted) -> tuple[dict[str, Any], dict[str, Any], tup
     if unchanged:
         return config, files, rows
     tokenizer = converted.tokenizer
-    tokens = None if tokenizer is None else dict(tokenizer.config) | {"counts": list(tokenizer.counts)}
+    letters = isinstance(tokenizer, LetterTokenizer)  # a model of text has none there: its config says what it read
+    tokens = dict(tokenizer.config) | {"counts": list(tokenizer.counts)} if letters else None
     own = {"kind": model.kind, "architecture": model.architecture, "tokens": tokens, "extra": model.extra}
     return config | {OWN: own}, files, rows
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from toolkit.data.dictionary_tokens import DictionaryTokenizer
+from toolkit.data.text_dictionary import TextDictionary
 from toolkit.data.tokens import LetterTokenizer, SentencePieceTokenizer
 from toolkit.errors import CheckpointError
 from toolkit.models.convert.common import Converted, PretrainedInfo
@@ -92,6 +94,15 @@ def test_from_the_toolkit_and_back_nothing_changes(case, tmp_path):
     same, info = load_pretrained(tmp_path / "hf")
     assert_same_tensors(model.state_dict(), same.state_dict())
     assert info.kind == kind
+
+
+def test_tokens_of_text_stay_out_of_the_folder(tmp_path):
+    kind, model, _ = CASES["text"]
+    tokenizer = DictionaryTokenizer(TextDictionary([f"w{number}" for number in range(6)]), words=True)
+    write_huggingface(saved(tmp_path / "model", kind, model, tokenizer), tmp_path / "hf")
+    back = read_pretrained(tmp_path / "hf")
+    assert back.config.tokens is None and back.tokenizer is None
+    assert_same_tensors(model.state_dict(), back.tensors)
 
 
 def hf_folder(tmp_path, case, *, config=None, **files):
