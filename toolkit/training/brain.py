@@ -343,7 +343,7 @@ class Brain:
                 self._save_and_stop()
         if self.update == 0 and all(failure.is_users for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
-        folder, about = self.context.output_folder, self._about()
+        folder, about = self.context.output_folder, self._about() | self._guard.findings()
         self.say(save_and_report(self.saver, self.optimizer, self._work, failures=failures, folder=folder, about=about))
         return TrainingError(failures[0].sentence) if is_out_of_memory(error) else error
 

@@ -81,6 +81,10 @@ class NonFiniteGuard:
             self.total += 1
             self._report(result, seen, about)
 
+    def findings(self) -> dict[str, Any]:
+        """For a crash report: the updates in a row that were not finite, with their utterances; empty without any."""
+        return {"in_a_row": self.in_a_row, "updates": self._faults} if self._faults else {}
+
     def state_dict(self) -> dict[str, int]:
         """Plain values, for a checkpoint (after ``check``)."""
         return {"in_a_row": self.in_a_row, "total": self.total}
@@ -123,7 +127,7 @@ class NonFiniteGuard:
             return ""
         path = self.folder / "crash_report.json"
         if self.world.is_main:
-            write_json(path, {**about, "in_a_row": self.in_a_row, "updates": self._faults})
+            write_json(path, {**about, **self.findings()})
         return f"; all of it is in {path}"
 
 

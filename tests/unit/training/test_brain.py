@@ -726,3 +726,17 @@ def test_workers_of_the_first_look_at_the_validation_are_ended():
     closed, valid = [], ClosableLoader([pairs(8, 10)], [pairs(10, 12)])
     make(Watched, max_updates=1).fit(ListLoader([pairs(0, 4)]), valid)
     assert closed[0] == 1, "idle workers would stay until the first validation"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_a_checkpoint_holds_already_is_not_saved_again(tmp_path, resumed):
+    memory, loader, reached = Memory(), ListLoader(*[[pairs(0, 4)]] * 5), tmp_path / "save"
+    if resumed:
+        make(checkpointer=Checkpointer(reached), max_updates=2).fit(loader)
+    kind = partial(Broken, place="forward")
+    interval = None if resumed else 2
+    brain = make(kind, memory=memory, checkpointer=Checkpointer(reached), max_updates=4, ckpt_interval_updates=interval)
+    with pytest.raises(KeyError, match="a defect"):
+        brain.fit(loader)
+    assert saved_updates(reached) == [2]
+    assert memory.sentences[-1].endswith("; the checkpoint of update 2 counts, nothing was trained after it.")
