@@ -30,6 +30,7 @@ from toolkit.training.checkpoint_format import (
     present_folders,
     problem_of,
     read_state,
+    set_aside,
     some_names,
     split_state,
     step_name,
@@ -113,6 +114,7 @@ class Checkpointer:
         self._log = log
         self._objects: dict[str, Any] = {}
         self._verified: set[Path] = set()
+        self._damaged: set[Path] = set()
         self._warned: set[str] = set()
         self._snapshot = Snapshot()
         self._writer = BackgroundTask()
@@ -239,6 +241,7 @@ class Checkpointer:
                 f"the checkpoint {target} could not be written ({left}): {describe_os_error(error)}"
             ) from error
         self._verified.discard(target)
+        self._damaged.discard(target)
         self._delete_old()
 
     def list(self) -> list[CheckpointInfo]:
@@ -291,6 +294,9 @@ class Checkpointer:
     def resume(self) -> dict[str, Any] | None:
         """`load` the newest sound checkpoint; None when the run has not saved yet.
 
+        Newer ones whose content is damaged are set aside (``step_00000010.damaged``): by their update they would stay
+        among the ``keep_last`` newest, and what the run saves from here on would be deleted in their place.
+
         Raises
         ------
         CheckpointError : checkpoints were finished here, and none of them is sound any more.
@@ -304,7 +310,9 @@ class Checkpointer:
                     "restore one from a copy, or delete the folder to begin anew."
                 )
             return None
-        return self.load(path)
+        state = self.load(path)  # a run that is refused here changes nothing in the folder
+        run_on_main(self.world, self._set_damaged_aside)
+        return state
 
     def average(self, k: int, *, metric: str | None = None, mode: str | None = None) -> dict[str, torch.Tensor]:
         """Mean of the model's tensors over the ``k`` newest checkpoints, or over the ``k`` best by ``metric``.
@@ -385,6 +393,7 @@ class Checkpointer:
             raise CheckpointError(f"there is no checkpoint {path}; see which there are in {path.parent}.")
         problem = problem_of(path, thorough=True)
         if problem is not None:
+            self._damaged.add(path)
             raise CheckpointError(f"the checkpoint {path} is not used: {problem}; take another, or a copy of it.")
         self._verified.add(path)
 
@@ -407,8 +416,22 @@ class Checkpointer:
             self._verified.add(found)
         return found
 
+    def _set_damaged_aside(self) -> None:
+        for path in sorted(path for path in self._damaged if path.parent == self.folder and path.is_dir()):
+            try:
+                aside = set_aside(path)
+            except OSError as error:  # it still does not count, as long as this process runs
+                self._warn(f"The damaged checkpoint {path} could not be set aside: {describe_os_error(error)}")
+            else:
+                self._damaged.discard(path)
+                self._warn(
+                    f"The damaged checkpoint {path.name} is set aside as {aside.name}; nothing uses it any more, "
+                    "delete it when you like."
+                )
+
     def _delete_old(self) -> None:
-        infos, _ = _present(self.folder)
+        # One that is known to be damaged takes no sound one's place.
+        infos = [info for info in _present(self.folder)[0] if info.path not in self._damaged]
         kept = {info.path for info in infos[-self.keep_last :]}
         kept |= {info.path for info in _ranked(infos, self.best_metric, self.best_mode)[: self.keep_best]}
         for info in infos:

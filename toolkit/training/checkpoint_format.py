@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -125,6 +126,14 @@ def delete_folder(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it is none any more (``step_00000010.damaged``); returns where it lies."""
+    names = (f"{path.name}.damaged{number}" for number in itertools.chain([""], itertools.count(2)))
+    aside = next(place for place in map(path.with_name, names) if not place.exists())
+    os.replace(path, aside)
+    return aside
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

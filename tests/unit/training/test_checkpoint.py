@@ -239,6 +239,70 @@ def test_a_flipped_bit_is_refused_by_name_and_the_one_before_taken(tmp_path, nam
     assert any("step_00000002" in words and name in words for words in other.warned)
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path):
+    """By its update the damaged one would be the newest, and each later one be deleted as soon as it is written."""
+    first = make_checkpointer(tmp_path, keep_last=2)[0]
+    for update in (1, 9):
+        first.save(update, {"n": update})
+    flip_bit(tmp_path / "step_00000009" / "model.safetensors")
+    resumed = make_checkpointer(tmp_path, keep_last=1)[0]
+    assert resumed.resume() == {"n": 1}
+    assert names_in(tmp_path) == ["step_00000001", "step_00000009.damaged"]
+    assert "step_00000009 is set aside as step_00000009.damaged" in resumed.warned[-1]
+    for update in (2, 3):
+        resumed.save(update, {"n": update})
+        assert names_in(tmp_path) == [f"step_0000000{update}", "step_00000009.damaged"]
+    assert make_checkpointer(tmp_path)[0].resume() == {"n": 3}
+    # The same update again, and damaged again.
+    resumed.save(9, {"n": 9})
+    assert make_checkpointer(tmp_path)[0].resume() == {"n": 9}
+    resumed.keep_last = 2
+    resumed.save(10, {"n": 10})
+    flip_bit(tmp_path / "step_00000009" / "model.safetensors")
+    flip_bit(tmp_path / "step_00000010" / "model.safetensors")
+    resumed = make_checkpointer(tmp_path)[0]
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        resumed.resume()
+    assert names_in(tmp_path) == ["step_00000009", "step_00000009.damaged", "step_00000010"]
+    resumed.save(8, {"n": 8})
+    assert resumed.resume() == {"n": 8}
+    assert names_in(tmp_path) == ["step_00000008", "step_00000009.damaged", "step_00000009.damaged2",
+                                  "step_00000010.damaged"]  # fmt: skip
+
+
+def test_who_only_reads_sets_nothing_aside(tmp_path):
+    first = make_checkpointer(tmp_path, keep_best=2, best_metric="wer")[0]
+    for update in (1, 2):
+        first.save(update, {"n": update}, {"wer": 1 / update})
+    flip_bit(tmp_path / "step_00000002" / "model.safetensors")
+    reader, *_ = make_checkpointer(tmp_path, best_metric="wer")
+    assert reader.find_latest() == reader.find_best() == tmp_path / "step_00000001"
+    reader.load(tmp_path / "step_00000001", resume=False)
+    reader.average(1)
+    other_data = make_checkpointer(tmp_path, manifests={"train": "other"})[0]
+    first.manifests = {"train": "these"}
+    first.save(1)
+    with pytest.raises(CheckpointError, match="the data changed"):  # refused: it is no run of this folder
+        other_data.resume()
+    assert names_in(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_what_is_found_damaged_on_the_way_does_not_count(tmp_path):
+    checkpointer = make_checkpointer(tmp_path, keep_last=1, keep_best=1, best_metric="wer")[0]
+    for update, wer in ((1, 1.0), (2, 3.0), (3, 2.0)):
+        checkpointer.save(update, metrics={"wer": wer})
+        checkpointer.keep_last = 2
+    flip_bit(tmp_path / "step_00000001" / "model.safetensors")
+    assert checkpointer.find_best().name == "step_00000003"
+    checkpointer.keep_last = 1
+    checkpointer.save(4, metrics={"wer": 4.0})
+    assert names_in(tmp_path) == ["step_00000001", "step_00000003", "step_00000004"]
+
+
 def test_half_and_foreign_folders_never_count(tmp_path):
     checkpointer = make_checkpointer(tmp_path)[0]
     checkpointer.save(3, {"n": 3})
