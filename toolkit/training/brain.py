@@ -19,7 +19,7 @@ from toolkit.seeds import Randomness
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.compilation import compile_as_told
 from toolkit.training.context import MicroBatches, RunContext
-from toolkit.training.crash import CurrentWork, save_and_report
+from toolkit.training.crash import CurrentWork, remove_reports, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
 from toolkit.training.evaluation import Rows, ValidationStopped, run_set
 from toolkit.training.guard import NonFiniteGuard
@@ -209,7 +209,7 @@ class Brain:
         ------
         TrainingError : too many updates in a row are not finite (DivergenceError), memory ran out, another rank ended.
         any other error : of the data or of the recipe's methods. The state after the last whole update is saved before,
-            unless it is not finite, and ``crash_report.json`` names the batch.
+            unless it is not finite, and ``crash_report.json`` names the batch (until a later start completes it).
         Requeue : SIGTERM or SIGUSR1 came; a checkpoint was saved and the process ends with code 75.
         Interrupted : Ctrl-C came; a checkpoint was saved and the process ends with code 130.
         """
@@ -225,6 +225,8 @@ class Brain:
             self._parallel.abandon()
             raise
         self._parallel = self._parallel.finish()
+        if self.world.is_main and (removed := remove_reports(self.context.output_folder)):
+            self.say(f"training is complete; removed of an earlier start: {', '.join(removed)}.")
 
     def _fit(self, train_loader: MicroBatches, valid_loader: MicroBatches | None) -> None:
         progress, length = self.progress, self.progress.length

@@ -25,14 +25,15 @@ from toolkit.errors import (
 )
 from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
-from toolkit.training.guard import name_some
+from toolkit.training.guard import REPORT_NAME, name_some
 from toolkit.training.limits import StopSignal
 from toolkit.training.objective import Stage
 from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
 from toolkit.training.step import UpdateStep
 
-REPORT_NAME = "crash_report.json"
+RANK_REPORT_NAME = "crash_report.rank{}.json"
+"""The same of one rank, where the others could not be told."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def save_and_report(
     outcome = save_crashed(saver, optimizer, work, failures)
     path, world = None, work.world
     if world.is_main or not work.all_were_told:
-        name = REPORT_NAME if world.is_main else f"crash_report.rank{world.rank}.json"
+        name = REPORT_NAME if world.is_main else RANK_REPORT_NAME.format(world.rank)
         path = write_report(folder, failures, about=about, outcome=outcome, name=name)
     first = failures[0]
     where = f" with {first.place.words}" if first.place.words else ""
@@ -244,6 +245,17 @@ def write_report(
         return write_json(folder / name, values)
     except OSError:  # a full disk, for one, which is told by the error itself
         return None
+
+
+def remove_reports(folder: Path | None) -> list[str]:
+    """Remove the reports of earlier starts from ``folder`` (None: nothing); returns their names."""
+    reports = [] if folder is None else [folder / REPORT_NAME, *sorted(folder.glob(RANK_REPORT_NAME.format("*")))]
+    removed = []
+    for path in reports:
+        with contextlib.suppress(OSError):  # there is none, or no right to remove it: no reason to end a whole run
+            path.unlink()
+            removed.append(path.name)
+    return removed
 
 
 def save_crashed(

@@ -81,6 +81,7 @@ from toolkit.training.device_probe import try_device
 from toolkit.training.devices import prepare_process, resolve_device
 from toolkit.training.distributed import environment_rank, init_world, run_on_main
 from toolkit.training.folders import FolderLock, open_output_folder, write_atomic
+from toolkit.training.guard import REPORT_NAME
 from toolkit.training.health import HealthMonitor
 from toolkit.training.hparams import OUTPUT_NAME, HparamsPlan, help_text, plan_hparams
 from toolkit.training.loggers import Console, JsonLinesLogger, Logger, Loggers, TensorBoardLogger, TextLogger
@@ -101,7 +102,7 @@ MODEL_NAME = "model"
 
 RESULTS = (
     "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl",
-    "test_predictions.jsonl", "crash_report.json",
+    "test_predictions.jsonl", REPORT_NAME,
 )  # fmt: skip
 """What a run leaves in its output folder, beside logs and what was prepared; the report of a crash, last, is no run."""
 

@@ -16,6 +16,9 @@ from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
 from toolkit.training.step import StepResult
 
+REPORT_NAME = "crash_report.json"
+"""In the output folder: what ended the run, and with which utterances."""
+
 SHOWN = 8
 """Utterances named in a sentence; the report names all."""
 
@@ -125,7 +128,7 @@ class NonFiniteGuard:
     def _write_report(self, about: Mapping[str, Any]) -> str:
         if self.folder is None:
             return ""
-        path = self.folder / "crash_report.json"
+        path = self.folder / REPORT_NAME
         if self.world.is_main:
             write_json(path, {**about, **self.findings()})
         return f"; all of it is in {path}"

@@ -642,9 +642,15 @@ def test_a_defect_anywhere_saves_the_updates_before_it_and_tells_the_batch(tmp_p
         f": KeyError; saved at update 2; run the same command again to go on from there; all of it is in "
         f"{tmp_path / 'crash_report.json'}."
     )
+    (tmp_path / "crash_report.rank1.json").write_text("{}")  # as of a rank that alone could not go on
     whole = make(max_updates=4)
     whole.fit(loader)
     assert torch.equal(weights_of(run(None)), weights_of(whole))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["save"]  # nothing is left to be told
+    said = "training is complete; removed of an earlier start: crash_report.json, crash_report.rank1.json."
+    assert memory.sentences[-1] == said
+    run(None)
+    assert memory.sentences.count(said) == 1
 
 
 @pytest.mark.parametrize("place", ["update", "forward"])
