@@ -2,6 +2,7 @@
 
     python benchmarks/accelerator.py --output benchmarks/results/h200.json
     python benchmarks/accelerator.py --smoke          # tiny sizes of every case on the CPU: does the script run?
+                                                      # without --output, into a temporary file
 
 Cases come in order of importance and are saved one by one, so that a machine that is taken away leaves what was
 measured. Each side of a case is a process of `step_variants.py`: one that fails (out of memory, an operation that is
@@ -33,6 +34,8 @@ from step_models import WAV2VEC2_SIZES
 
 AIM = 6900.0
 """Audio seconds per second of BASE on an H200 that the project aims for."""
+
+RESULT = Path(__file__).parent / "results" / "accelerator.json"
 
 DATA_SHEET_TFLOPS = (("H200", 989.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0))
 """Dense 16-bit TFLOP/s of the SXM cards, by a word in their name."""
@@ -74,23 +77,33 @@ CASES = (
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accelerator.json")
+    parser.add_argument("--output", type=Path, help=f"default: {RESULT}; with --smoke a temporary file")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="limit for everything; cases that are left wait")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each case")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--warmup", type=int, default=8, help="steps before, which also compile")
-    parser.add_argument("--cases", nargs="*", help="only these (parts of names); default: all")
+    parser.add_argument("--cases", nargs="*", help="only these: how names begin, else parts of names")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes of every case, on the CPU; no figures")
     options = parser.parse_args(argv)
     if options.smoke:
         options.device, options.rounds, options.steps, options.warmup = "cpu", 1, 1, 1
+    if options.output is None:
+        # Tiny sizes must not take the place of figures that a card was lent for.
+        options.output = Path(tempfile.mkdtemp(prefix="accelerator_smoke_")) / RESULT.name if options.smoke else RESULT
     return options
+
+
+def named(part: str) -> list[str]:
+    """The cases that ``part`` means: those whose names begin with it ("large": the model), else those that hold it."""
+    names = [case.name for case in CASES]
+    return [name for name in names if name.startswith(part)] or [name for name in names if part in name]
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """The cases to run, made small for ``--smoke``."""
-    cases = [case for case in CASES if not options.cases or any(part in case.name for part in options.cases)]
+    wanted = {name for part in options.cases for name in named(part)} if options.cases else {c.name for c in CASES}
+    cases = [case for case in CASES if case.name in wanted]
     if not options.smoke:
         return cases
     # A CPU has no fp16 products, and inductor's start is most of a minute there.

@@ -181,6 +181,28 @@ def test_a_side_that_fails_does_not_end_the_others(tmp_path):
     assert result["peer"] == {"error": "ImportError: none of that here"}
 
 
+@pytest.fixture
+def accelerator(models) -> ModuleType:
+    return importlib.import_module("accelerator")
+
+
+def test_a_smoke_run_leaves_measured_figures_alone(accelerator, tmp_path):
+    assert accelerator.parse([]).output == accelerator.RESULT
+    assert accelerator.parse(["--smoke", "--output", str(tmp_path / "a.json")]).output == tmp_path / "a.json"
+    output = accelerator.parse(["--smoke"]).output
+    assert output.parent != accelerator.RESULT.parent and output.parent.is_dir()
+    output.parent.rmdir()
+
+
+def test_a_part_of_a_name_is_first_the_model(accelerator):
+    def names(*parts: str) -> list[str]:
+        return [case.name for case in accelerator.chosen_cases(accelerator.parse(["--cases", *parts]))]
+
+    assert names("large") == ["large bf16 compiled", "large bf16"]
+    assert names("large batch", "fp16") == ["base bf16 compiled, large batch", "base fp16 with scale"]
+    assert len(names()) == len(accelerator.CASES) and names("none of them") == []
+
+
 def test_when_the_time_is_over_the_rest_is_named(tmp_path):
     document = run_smoke(tmp_path / "out.json", "--minutes", "0")
     assert document["cases"] == [] and len(document["not_run"]) == 11
