@@ -138,7 +138,8 @@ def pack(
 
     Raises
     ------
-    ConfigError : an option is out of range; the folder holds something else, or another process packs into it.
+    ConfigError : an option is out of range; the folder is a file or holds something else, or another process packs into
+        it.
     ManifestError : the manifest or its audio has changed since the folder was begun.
     AudioError : more audio is bad than ``max_bad_share`` allows.
     OSError : the folder cannot be written, or the disk is full.
@@ -149,7 +150,10 @@ def pack(
     if taken:
         raise ManifestError(f"{manifest.source} has a column {taken[0]!r}, which shards need; give it another name.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} is a file or lies under one; name a new folder for the shards.") from error
     with locked(folder):
         sizes = _source_sizes(manifest)
         plan = {

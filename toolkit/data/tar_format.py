@@ -1,6 +1,6 @@
 """Tar files as shards of audio are made of: headers written, checked and walked through; nothing is ever extracted.
 
-Only what a shard needs is known: regular files of under 8 GiB, names in ustar or pax headers. All else is refused.
+Only what a shard needs is known: regular files of under 2 GiB, names in ustar or pax headers. All else is refused.
 """
 
 from __future__ import annotations

@@ -584,8 +584,8 @@ def test_the_command(tmp_path, capsys):
     [
         (["gone.csv", "out"], "error: the manifest gone.csv does not exist"),
         ([DIGITS], "error: there is no folder for the shards"),
-        ([DIGITS, "file/below"], "error: the operating system refused to use 'file"),
-        ([DIGITS, "file"], "error: the operating system refused to use 'file'"),
+        ([DIGITS, "file/below"], "error: file/below is a file or lies under one; name a new folder for the shards."),
+        ([DIGITS, "file"], "error: file is a file or lies under one; name a new folder for the shards."),
         ([DIGITS, "out", "--shard_mb", "0"], "error: shard_mb is 0, expected megabytes"),
         ([DIGITS, "out", "--shard_mb", "nan"], "error: shard_mb is nan, expected megabytes"),
         ([DIGITS, "out", "--pcm", "16"], "error: pcm is 16, expected a sample rate"),
