@@ -17,10 +17,11 @@ from toolkit.training.devices import (
     DTYPES,
     Device,
     DeviceKind,
+    advised_environment,
     device_count,
-    device_kind,
     first_line,
     install_words,
+    named_device,
     prepare_process,
     resolve_device,
 )
@@ -38,7 +39,7 @@ ABSENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m toolkit devices``."""
-    names = ", ".join(kind.name for kind in DEVICE_KINDS)
+    names = ", ".join(["auto", *(kind.name for kind in DEVICE_KINDS)])
     parser.add_argument("device", nargs="?", metavar="NAME", help=f"only this one ({names}); exit code 1 if absent")
     parser.add_argument("--no_measurement", action="store_true", help="leave out the figures of speed")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of each measurement (1)")
@@ -52,11 +53,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(device_table())
         here = [kind for kind in DEVICE_KINDS if device_count(kind)[0]]
     else:
-        kind = device_kind(arguments.device.strip().lower().partition(":")[0])
+        if arguments.device.strip().lower() == "auto":
+            arguments.device = resolve_device("auto").type
+        kind, _ = named_device(arguments.device)
         count, reason = device_count(kind)
         if not count:
             print(f"{kind.name} ({kind.title}) is not here, because {reason}.\nIt needs {install_words(kind)}.")
-            print("\n".join(_version_lines(kind)))
+            print("\n".join(_version_lines(kind) + [f"  {sentence}" for sentence in advised_environment(kind)]))
             return ABSENT
         here = [kind]
     for kind in here:

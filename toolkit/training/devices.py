@@ -198,6 +198,22 @@ def device_kind(name: str) -> DeviceKind:
     raise DeviceError(f"--device {name!r} is no device known here; choose auto or one of {known}.")
 
 
+def named_device(wanted: str) -> tuple[DeviceKind, int | None]:
+    """The row and the number that ``wanted`` (``cuda``, ``cuda:1``) names, None without a number.
+
+    Raises
+    ------
+    DeviceError : no such row; no number behind the colon; another number than 0 of the processor.
+    """
+    name, _, number = wanted.strip().lower().partition(":")
+    kind = device_kind(name)
+    if number and not number.isdecimal():
+        raise DeviceError(f"--device {wanted!r} ends in no number; write {name} or {name}:0.")
+    if kind.name == "cpu" and number and int(number):
+        raise DeviceError(f"--device {wanted} does not exist: all cores are one device; write cpu, and see --threads.")
+    return kind, int(number) if number else None
+
+
 @dataclass(frozen=True)
 class Device:
     """A device that is there: its row and its torch device.
@@ -369,10 +385,8 @@ def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
     wanted = str(wanted).strip().lower()
     if wanted == "auto":
         wanted = _accelerator_type()
-    name, _, number = wanted.partition(":")
-    kind = device_kind(name)
-    if number and not number.isdigit():
-        raise DeviceError(f"--device {wanted!r} ends in no number; write {name} or {name}:0.")
+    kind, number = named_device(wanted)
+    name = kind.name
     count, reason = device_count(kind)
     if not count:
         there = [other.name for other in DEVICE_KINDS if device_count(other)[0]]
@@ -382,13 +396,13 @@ def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
         )
     if kind.name == "cpu":
         return Device(kind, torch.device("cpu"), kind.host_operations)
-    if number and local_rank and int(number) != local_rank:
+    if number is not None and local_rank and number != local_rank:
         raise DeviceError(f"--device {wanted} names one device for several processes; write --device {name}.")
-    index = int(number) if number else local_rank
+    index = local_rank if number is None else number
     if index >= count:
         raise DeviceError(
             f"--device {name}:{index} does not exist: this machine has {count} ({name}:0 to {name}:{count - 1})"
-            + ("; start as many processes as there are devices." if not number else ".")
+            + ("; start as many processes as there are devices." if number is None else ".")
         )
     module = _module(kind.name)
     if hasattr(module, "set_device"):
@@ -427,10 +441,13 @@ def prepare_process(device: Device, options: RunOptions) -> list[str]:
             said.append("Precision: this CPU has no bf16 products and emulates them slowly; fp32 may be faster.")
     if device.kind.rounding:
         said += _exact_products(device.kind)
-    missing = [setting for setting in device.kind.environment if setting.split("=")[0] not in os.environ]
-    if missing:
-        said.append(f"Environment: {' '.join(missing)} is advised for {device.kind.name}.")
-    return said
+    return said + advised_environment(device.kind)
+
+
+def advised_environment(kind: DeviceKind) -> list[str]:
+    """A sentence on the variables that are advised for this kind of device and not set; none where all are."""
+    missing = [setting for setting in kind.environment if setting.split("=")[0] not in os.environ]
+    return [f"Environment: {' '.join(missing)} is advised for {kind.name}."] if missing else []
 
 
 def _exact_products(kind: DeviceKind) -> list[str]:

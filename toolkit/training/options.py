@@ -178,7 +178,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Take a command line apart: ``x.yaml --key value --key=value --outer.inner value --flag``.
 
     A ``--name`` of `RunOptions` sets how to run; every other one overrides a YAML key. Values keep any ``=`` and
-    ``:``; a name without a value means True. The last of a repeated name counts.
+    ``:``; a name without a value means True
+    (of two that can only be True or False, ``--debug x.yaml`` has none). The last of a repeated name counts.
 
     Raises
     ------
@@ -226,7 +227,15 @@ def _name_and_value(word: str, rest: list[str], kinds: Mapping[str, Any]) -> tup
         name = name.replace("-", "_")
     if equals:
         return name, CommandLineText(text)
-    is_flag = kinds.get(name) is bool or name in IGNORED
-    if not rest or rest[0].startswith("--") or (is_flag and rest[0].lower() not in ("true", "false")):
+    if not rest or rest[0].startswith("--") or (kinds.get(name) is bool and _is_file_or_name(rest[0])):
+        return name, True
+    if name in IGNORED and rest[0].lower() not in ("true", "false"):
         return name, True
     return name, CommandLineText(rest.pop(0))
+
+
+def _is_file_or_name(word: str) -> bool:
+    """Whether a word behind a flag is the YAML file, or a name with one dash (told as such), and no value of it."""
+    if word.lower() in ("true", "false"):
+        return False
+    return word.startswith("-") or word.lower().endswith((".yaml", ".yml")) or Path(word).is_file()

@@ -11,7 +11,7 @@ from toolkit.__main__ import main
 from toolkit.errors import DeviceError
 from toolkit.training import device_report, devices
 from toolkit.training.device_report import device_table, speed_lines
-from toolkit.training.devices import DEVICE_KINDS, device_count, resolve_device
+from toolkit.training.devices import DEVICE_KINDS, device_count, device_kind, resolve_device
 
 ABSENT = [kind.name for kind in DEVICE_KINDS if not device_count(kind)[0]]
 
@@ -40,6 +40,12 @@ def test_without_figures(capsys):
     assert lines[2:] == ["  Allocator: kept.", "  Products: kept."]
 
 
+def test_auto_is_the_device_that_a_run_would_take(capsys):
+    expected = resolve_device("auto")
+    assert main(["devices", "auto", "--no_measurement"]) == 0
+    assert capsys.readouterr().out.startswith(f"{expected.name}: {expected.kind.title}\n")
+
+
 def test_a_line_of_figures_for_each_format():
     lines = speed_lines(resolve_device("cpu"), seconds=0.001, largest=16, copied_bytes=4096)
     assert len(lines) == 2
@@ -59,17 +65,23 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ABSENT)
-def test_a_named_but_absent_device(name, capsys):
+def test_a_named_but_absent_device(name, capsys, monkeypatch):
+    advised = device_kind(name).environment
+    for setting in advised:
+        monkeypatch.delenv(setting.partition("=")[0], raising=False)
     assert main(["devices", name]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{name} (") and ") is not here, because " in lines[0]
-    assert lines[1].startswith("It needs ") and lines[2].startswith("  Python 3.") and len(lines) == 3
+    assert lines[1].startswith("It needs ") and lines[2].startswith("  Python 3.")
+    assert lines[3:] == ([f"  Environment: {' '.join(advised)} is advised for {name}."] if advised else [])
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["gpu"], r"--device 'gpu' is no device known here; choose auto or one of cpu, cuda, npu, hpu, xpu, mps\."),
+        (["cuda:x"], r"--device 'cuda:x' ends in no number; write cuda or cuda:0\."),
+        (["cpu:7"], r"--device cpu:7 does not exist: all cores are one device; write cpu, and see --threads\."),
         (["cpu", "--seconds", "0"], r"--seconds is 0; give a length above 0, 60 at most\."),
         (["--seconds", "nan"], r"--seconds is nan; give a length above 0, 60 at most\."),
     ],

@@ -61,12 +61,18 @@ def test_npu_advice_names_the_version_that_fits():
     [
         ("gpu", "--device 'gpu' is no device known here; choose auto or one of cpu, cuda, npu, hpu, xpu, mps."),
         ("cpu:x", "--device 'cpu:x' ends in no number; write cpu or cpu:0."),
+        ("cpu:7", "--device cpu:7 does not exist: all cores are one device; write cpu, and see --threads."),
+        ("cuda:\u00b2", "--device 'cuda:\u00b2' ends in no number; write cuda or cuda:0."),
     ],
 )
 def test_unknown_devices(wanted, words):
     with pytest.raises(DeviceError) as caught:
         resolve_device(wanted)
     assert str(caught.value) == words
+
+
+def test_the_processor_has_the_number_0():
+    assert str(resolve_device("cpu:0").torch_device) == "cpu"
 
 
 def test_auto_takes_the_accelerator_or_the_cpu():

@@ -34,6 +34,16 @@ def test_flags_and_negative_values():
     assert arguments.overrides == {"shift": "-1", "plain": True}
 
 
+def test_what_stands_behind_a_flag(tmp_path):
+    """The YAML file, under any name that is one; else it was meant as a value."""
+    (tmp_path / "settings").touch()
+    for file in ("gone.yaml", "gone.YML", str(tmp_path / "settings")):
+        arguments = parse_arguments(["--debug", file, "--tensorboard"])
+        assert arguments.hparams_file == Path(file) and arguments.options == {"debug": True, "tensorboard": True}
+    with pytest.raises(ConfigError, match=r"^--async_save must be True or False, but is the text 'maybe'\.$"):
+        parse_arguments(["x.yaml", "--async_save", "maybe"])
+
+
 def test_the_last_of_a_repeated_name_counts():
     assert parse_arguments(["x.yaml", "--lr", "1", "--lr", "2"]).overrides == {"lr": "2"}
 
