@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a recipe with torchrun, on the cards of one node or of several.
+# Start a recipe with torchrun's agents (toolkit.launch), on the cards of one node or of several.
 #
 #   scripts/torchrun.sh recipes/LibriSpeech/wav2vec2/train.py hparams.yaml --key value ...
 #
@@ -10,6 +10,10 @@
 #
 # The effective batch stays what the YAML says: more cards accumulate fewer micro-batches.
 #
+# After one worker died, all start again from the last checkpoint, each time with a store of their own; plain torchrun
+# would hand workers on several nodes the addresses of the dead. SIGTERM or SIGUSR1 to this script (on every node) goes
+# through to the workers: they save, and the code is 75; the same command goes on from there.
+#
 # Environment:
 #   CARDS           processes in all, one a card; default 1
 #   CARDS_PER_NODE  default 8
@@ -17,7 +21,7 @@
 #   MASTER_PORT     a port that is free there; default 29500
 #   RUN_ID          more than one node: tells runs on one port apart; default "run"
 #   RESTARTS        how many times all workers start again, from the last checkpoint, after one died; default 3
-#   TORCHRUN        the command; default torchrun
+#   PYTHON          the interpreter, with the toolkit installed; default python
 set -euo pipefail
 
 fail() {
@@ -32,6 +36,7 @@ per_node=${CARDS_PER_NODE:-8}
 case "$cards$per_node" in
     *[!0-9]*) fail "CARDS is '$cards' and CARDS_PER_NODE '$per_node'; both must be whole numbers." ;;
 esac
+cards=$((10#$cards)) per_node=$((10#$per_node)) # 08 is 8: the shell itself would take it for octal
 [ "$cards" -ge 1 ] && [ "$per_node" -ge 1 ] || fail "CARDS is $cards and CARDS_PER_NODE $per_node; both start at 1."
 
 options=(--max-restarts "${RESTARTS:-3}")
@@ -47,4 +52,4 @@ else
     )
 fi
 
-exec "${TORCHRUN:-torchrun}" "${options[@]}" "$@"
+exec "${PYTHON:-python}" -m toolkit.launch "${options[@]}" "$@"

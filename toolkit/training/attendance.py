@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ class Attendance:
     """Notes this rank's place in a store that all ranks share, and reads those of the others.
 
     All ranks wait for each other in the same order, so a rank that has waited fewer times than this one is the one
-    that this one waits for. A note is one small message without an answer.
+    that this one waits for. A note is one small message without an answer. Where the store's keeper has ended, a
+    warning says so once, and no more is noted.
 
     Arguments
     ---------
@@ -54,14 +56,20 @@ class Attendance:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size, self.where = rank, size, ""
-        self._store, self._count = store, 0
+        self._store, self._count, self._is_lost = store, 0, False
 
     def note(self, action: str) -> None:
         """This rank is about to wait for the others, to ``action``."""
         self._count += 1
-        # Where the store has gone, so have others: what follows will find that out, and say it.
-        with contextlib.suppress(RuntimeError):
+        if self._is_lost:
+            return
+        try:
             self._store.set(f"place of {self.rank}", f"{self._count}\n{self.where}\n{action}")
+        except RuntimeError as error:
+            # A lost connection does not come back, and torch prints its stack at every try. The processes themselves
+            # may be well: without the launcher they go on, and where one of them has ended, what follows says it.
+            self._is_lost = True
+            warnings.warn(_lost(self.rank, self.size, error), stacklevel=2)
 
     def describe_missing(self) -> str:
         """The ranks that are behind this one, in words; empty where none is known to be."""
@@ -82,6 +90,8 @@ class Attendance:
 
     def _places(self) -> Sequence[Place | None] | None:
         """By rank; None where the store does not answer."""
+        if self._is_lost:
+            return None
         found: list[list[Place | None]] = []
 
         def read() -> None:
@@ -100,6 +110,15 @@ class Attendance:
             return None
         count, where, action = self._store.get(key).decode().split("\n")
         return Place(int(count), where, action)
+
+
+def _lost(rank: int, size: int, error: RuntimeError) -> str:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return (
+        f"Process {rank} of {size} cannot reach the store of the launcher or of process 0 any more, which has probably "
+        f"ended ({first}); it goes on as long as the others do, but one that does not come will not be named, and "
+        "without the launcher one that dies is not started again."
+    )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

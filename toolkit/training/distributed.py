@@ -208,14 +208,14 @@ def init_world(
 
     Raises
     ------
-    DeviceError : the group cannot be formed; says why.
+    DeviceError : the group cannot be formed, or torch has no such library (also told with one process); says why.
     """
     rank, local_rank, size = environment_rank(local_rank)
+    chosen = backend or device.backend
+    if size > 1 or backend:
+        _require_backend(chosen)
     if size == 1:
         return World(timeout_minutes=timeout_minutes)
-    chosen = backend or device.backend
-    if not dist.is_available():
-        raise DeviceError("this build of torch has no torch.distributed; run one process, without torchrun.")
     # Its functions take the group that stands when it is imported (by the first optimizer) as a default and would keep
     # that alive: gloo's threads would then outlive `World.close` and now and then abort a process that is ending.
     importlib.import_module("torch.distributed.nn")
@@ -239,6 +239,22 @@ def init_world(
         ) from error
     attendance = Attendance(dist.PrefixStore("attendance", store), rank, size)
     return World(rank, local_rank, size, chosen, timeout_minutes, attendance)
+
+
+def _require_backend(backend: str) -> None:
+    """DeviceError unless torch has the collectives library, or all of a list by device ("cpu:gloo,cuda:nccl")."""
+    if not dist.is_available():
+        raise DeviceError(
+            "this build of torch has no torch.distributed; run one process, without torchrun and --distributed_backend."
+        )
+    for name in (word.rpartition(":")[2].strip() for word in backend.split(",")):
+        if not dist.is_backend_available(name):
+            known = [one for one in dist.Backend.backend_list if dist.is_backend_available(one)]
+            known = sorted(set(known) - {"undefined", "fake"})
+            raise DeviceError(
+                f"torch has no collectives library {name!r} here (known: {', '.join(known) or 'none'}); name another "
+                "by --distributed_backend, or install a build of torch or a plugin that has it."
+            )
 
 
 def _of_this_start(store: dist.Store) -> dist.Store:

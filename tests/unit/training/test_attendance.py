@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch.distributed as dist
@@ -68,5 +69,25 @@ def test_a_store_that_has_gone_hides_no_error():
             raise dist.DistNetworkError("Broken pipe")
 
     lost = Attendance(Gone(), 1, 2)
-    lost.note("sum gradients")
+    with pytest.warns(UserWarning, match=r"^Process 1 of 2 cannot reach the store .* ended \(Broken pipe\); it goes"):
+        lost.note("sum gradients")
     assert "perhaps process 0" in lost.describe_missing()
+
+
+def test_a_store_that_has_gone_is_told_once_and_asked_no_more(capfd):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    lost = Attendance(dist.PrefixStore("a", dist.TCPStore("127.0.0.1", server.port, is_master=False)), 1, 2)
+    lost.note("sum gradients")
+    del server  # it ends with its last name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(1000):  # the first after the end may still be taken by the system
+            lost.note("sum gradients")
+            if said:
+                break
+        capfd.readouterr()
+        for _ in range(10):
+            lost.note("sum gradients")
+        lost.describe_missing()
+    assert capfd.readouterr().err == "", "torch prints its stack whenever it is asked"
+    assert len(said) == 1

@@ -251,6 +251,23 @@ def test_a_group_that_cannot_be_formed_is_told_in_words(monkeypatch):
     assert "\n" not in words
 
 
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("backend", ["nosuch", "cpu:gloo,cuda:nosuch"])
+def test_a_library_that_torch_lacks_is_told_before_anyone_is_waited_for(monkeypatch, size, backend):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if size:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(DeviceError, match=r"^torch has no collectives library 'nosuch' here \(known: .*gloo"):
+        init_world(resolve_device("cpu"), backend=backend)
+    if not torch.distributed.is_mpi_available():  # torch lists its name all the same
+        with pytest.raises(DeviceError, match="no collectives library 'mpi' here"):
+            init_world(resolve_device("cpu"), backend="mpi")
+    if not size:
+        assert init_world(resolve_device("cpu"), backend="gloo").size == 1
+
+
 def test_buckets_hold_one_type_and_no_frozen_parameter():
     sizes = [(100, torch.float32), (100, torch.float32), (100, torch.float64), (500, torch.float32), (1, torch.float32)]
     parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in sizes]
