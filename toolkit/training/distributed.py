@@ -212,8 +212,10 @@ def init_world(
     """
     rank, local_rank, size = environment_rank(local_rank)
     chosen = backend or device.backend
-    if size > 1 or backend:
-        _require_backend(chosen)
+    if size > 1 and not dist.is_available():
+        raise DeviceError("this build of torch has no torch.distributed; run one process, without torchrun.")
+    if backend:
+        _require_backend(backend)  # a device's own library may come with its plugin only when it is first used
     if size == 1:
         return World(timeout_minutes=timeout_minutes)
     # Its functions take the group that stands when it is imported (by the first optimizer) as a default and would keep
@@ -244,9 +246,7 @@ def init_world(
 def _require_backend(backend: str) -> None:
     """DeviceError unless torch has the collectives library, or all of a list by device ("cpu:gloo,cuda:nccl")."""
     if not dist.is_available():
-        raise DeviceError(
-            "this build of torch has no torch.distributed; run one process, without torchrun and --distributed_backend."
-        )
+        raise DeviceError("this build of torch has no torch.distributed; leave out --distributed_backend.")
     for name in (word.rpartition(":")[2].strip() for word in backend.split(",")):
         if not dist.is_backend_available(name):
             known = [one for one in dist.Backend.backend_list if dist.is_backend_available(one)]
