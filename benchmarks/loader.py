@@ -309,7 +309,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         manifests = prepare(options, folder)
         result: dict[str, Any] = {
-            "command": "python benchmarks/loader.py " + " ".join(sys.argv[1:] if argv is None else argv),
+            # without the place of the corpus on this machine
+            "command": "python benchmarks/loader.py "
+            + " ".join(Path(word).name if "/" in word else word for word in (sys.argv[1:] if argv is None else argv)),
             "utterances": len(manifests["loose"]),
             "audio_seconds": float(np.sum(manifests["loose"].durations)),
             "rounds": options.rounds,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from toolkit.models.convert.read import read_pretrained
 from toolkit.models.encoder import ENCODER_ARGUMENTS, Wav2Vec2Encoder, encoder_settings
 from toolkit.models.model_files import TEXT_KINDS, load_tensors
 from toolkit.models.text_encoder import TextEncoder
+
+EncoderT = TypeVar("EncoderT", bound=nn.Module)
 
 
 def load_pretrained(
@@ -120,18 +122,7 @@ def build_encoder(converted: Converted, path: str | os.PathLike[str], **override
         kind = converted.config.kind
         raise CheckpointError(f"{path}: this is a model of text, of kind {kind!r}; give one of speech.")
     settings = encoder_settings(converted.config.architecture, source=path)
-    try:
-        encoder = Wav2Vec2Encoder(**settings | overrides)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ToolkitError):
-            raise
-        raise CheckpointError(
-            f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
-        ) from error
-    whole = converted.config.kind == "wav2vec2_encoder"
-    fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)
-    load_tensors(encoder, converted.tensors if whole else converted.part("encoder"), source=path, allowed=fresh)
-    return encoder
+    return _with_weights(Wav2Vec2Encoder, settings | overrides, converted, path, whole="wav2vec2_encoder")
 
 
 def build_text_encoder(converted: Converted, path: str | os.PathLike[str], **overrides: Any) -> TextEncoder:
@@ -151,18 +142,7 @@ def build_text_encoder(converted: Converted, path: str | os.PathLike[str], **ove
     if config.kind not in TEXT_KINDS:
         raise CheckpointError(f"{path}: this is a model of speech, of kind {config.kind!r}; give one of text.")
     settings = config.architecture.get("encoder", config.architecture)
-    try:
-        encoder = TextEncoder(**settings | overrides)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ToolkitError):
-            raise
-        raise CheckpointError(
-            f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
-        ) from error
-    whole = config.kind == "text_encoder"
-    fresh = frozenset(name if whole else name.removeprefix("encoder.") for name in converted.info.fresh)
-    load_tensors(encoder, converted.tensors if whole else converted.part("encoder"), source=path, allowed=fresh)
-    return encoder
+    return _with_weights(TextEncoder, settings | overrides, converted, path, whole="text_encoder")
 
 
 def norms_without_padding(converted: Converted) -> Converted:
@@ -179,3 +159,26 @@ def norms_without_padding(converted: Converted) -> Converted:
     settings = settings | {"norm_over_padding": False}
     architecture = settings if encoder is None else config.architecture | {"encoder": settings}
     return replace(converted, config=replace(config, architecture=architecture))
+
+
+def _with_weights(
+    build: Callable[..., EncoderT],
+    settings: Mapping[str, Any],
+    converted: Converted,
+    path: str | os.PathLike[str],
+    *,
+    whole: str,
+) -> EncoderT:
+    """The encoder by its settings, with its weights; ``whole`` is the kind of a file that holds nothing else."""
+    try:
+        encoder = build(**settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ToolkitError):
+            raise
+        raise CheckpointError(
+            f"{path}: its settings make no encoder ({error}); was the folder written by another program?"
+        ) from error
+    is_whole = converted.config.kind == whole
+    fresh = frozenset(name if is_whole else name.removeprefix("encoder.") for name in converted.info.fresh)
+    load_tensors(encoder, converted.tensors if is_whole else converted.part("encoder"), source=path, allowed=fresh)
+    return encoder
