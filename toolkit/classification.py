@@ -30,8 +30,9 @@ from toolkit.models.convert.read import read_pretrained
 from toolkit.models.model_files import save_model_folder
 from toolkit.models.text_classifier import LABELS, TextClassifier
 from toolkit.models.text_encoder import TextEncoder
-from toolkit.training.experiment import Experiment, has_checkpoints, holds_model
+from toolkit.training.experiment import Experiment
 from toolkit.training.hparams import construct
+from toolkit.training.run_folder import has_checkpoints, holds_model
 
 CLASS_F1 = "f1_"
 """Before a label: the name of its F1 among the metrics."""

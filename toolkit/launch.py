@@ -29,8 +29,10 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Ranks that are started again need a store without what the first ones left there, also on several nodes.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if run.parse_args(list(argv)).nnodes not in ("1", "1:1"):
+        # Ranks that are started again need a store without what the first ones left there. On one node they find one
+        # by the count of restarts, and the launcher's store can still be asked when process 0 stands.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if hasattr(signal, "SIGUSR1"):  # not on Windows
         signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:

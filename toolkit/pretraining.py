@@ -1,4 +1,4 @@
-"""What speech pretraining recipes share: a model that masks its own input, its Brain, and its ``model/`` folder."""
+"""What pretraining recipes share: the Brain of masked prediction; for speech also the model and its folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from toolkit.data.batch import SpeechBatch
 from toolkit.data.dataset import DynamicItemDataset, speech_items
 from toolkit.data.loader import Loader
 from toolkit.data.manifest import Manifest
+from toolkit.data.text import TextBatch
 from toolkit.errors import ConfigError
-from toolkit.models.data2vec import Data2VecAudio, Data2VecOutput
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText
+from toolkit.models.data2vec_targets import Data2VecOutput
 from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import load_whole_model
 from toolkit.models.wav2vec2 import PretrainingOutput, Wav2Vec2Pretraining
@@ -20,31 +22,41 @@ from toolkit.training.experiment import Experiment
 from toolkit.training.health import HealthMonitor, data2vec_health, pretraining_health
 from toolkit.training.step import StepResult
 
+TEACHING = (Data2VecAudio, Data2VecText)
+"""Models with a teacher that follows them."""
 
-class MaskedPretraining(Brain):
-    """Predict what was masked: quantized features (wav2vec 2.0), or a teacher's (data2vec)."""
+
+class MaskedPrediction(Brain):
+    """Predict what was masked, of speech or text: quantized features (wav2vec 2.0), or a teacher's (data2vec).
+
+    A recipe says how a batch goes forward.
+    """
+
+    def compute_objectives(
+        self, predictions: PretrainingOutput | Data2VecOutput, batch: SpeechBatch | TextBatch, stage: Stage
+    ) -> Objective:
+        """The sum over what was masked, so that an update's gradient is the mean over all of its masked positions."""
+        return Objective(predictions.loss_sum, predictions.num_masked, predictions.metrics())
+
+    def on_update_end(self, result: StepResult) -> None:
+        """A teacher moves towards its student."""
+        if isinstance(self.modules.model, TEACHING):
+            self.modules.model.finish_update(self.update)
+
+    def on_update_given_up(self) -> None:
+        """A teacher that moved with its micro-batches goes back."""
+        if isinstance(self.modules.model, TEACHING):
+            self.modules.model.give_up_update()
+
+
+class MaskedPretraining(MaskedPrediction):
+    """The same with a model of speech, which masks its own input."""
 
     def compute_forward(self, batch: SpeechBatch, stage: Stage) -> PretrainingOutput | Data2VecOutput:
         """What is random differs in every update, and stays the same in every validation."""
         if stage is Stage.TRAIN:  # crops fill the batch: there is no padding to speak of
             return self.modules.model(batch.waveforms, rng=self.rng, update=self.update)
         return self.modules.model(batch.waveforms, batch.lengths, rng=self.eval_rng(), update=self.update)
-
-    def compute_objectives(
-        self, predictions: PretrainingOutput | Data2VecOutput, batch: SpeechBatch, stage: Stage
-    ) -> Objective:
-        """The sum over the masked frames, so that an update's gradient is the mean over all of its masked frames."""
-        return Objective(predictions.loss_sum, predictions.num_masked, predictions.metrics())
-
-    def on_update_end(self, result: StepResult) -> None:
-        """A teacher moves towards its student."""
-        if isinstance(self.modules.model, Data2VecAudio):
-            self.modules.model.finish_update(self.update)
-
-    def on_update_given_up(self) -> None:
-        """A teacher that moved with its micro-batches goes back."""
-        if isinstance(self.modules.model, Data2VecAudio):
-            self.modules.model.give_up_update()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from toolkit.models.ctc import CTCModel, CTCOutput
 from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import describe_hearing
 from toolkit.models.wav2vec2 import Wav2Vec2Encoder
-from toolkit.training.experiment import Experiment, has_checkpoints, holds_model
+from toolkit.training.experiment import Experiment
 from toolkit.training.hparams import construct
+from toolkit.training.run_folder import has_checkpoints, holds_model
 
 
 @dataclass(frozen=True)

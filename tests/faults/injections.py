@@ -171,8 +171,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def saved_update(folder: Path) -> int:
-    """The newest checkpoint, 0 without one."""
-    return max((int(path.name[5:]) for path in (folder / "save").glob("step_*")), default=0)
+    """The newest checkpoint, 0 without one; one that was set aside as damaged is none."""
+    return max((int(path.name[5:]) for path in (folder / "save").glob("step_" + "[0-9]" * 8)), default=0)
 
 
 def logged_update(folder: Path) -> int:
@@ -283,6 +283,34 @@ def stopped(recipe: Recipe, seed: int) -> Iterator[Injected]:
     recipe.finish(folder)
 
 
+def stopped_outside(recipe: Recipe, seed: int) -> Iterator[Injected]:
+    """SIGTERM before the first update, in the test behind the last, and to one rank in a validation of two: code 75."""
+    tell = "(__import__('os').kill(__import__('os').getpid(), 15))"
+    folder = recipe.folder / "stopped_before"
+    (ended,) = run_forked(own_script(recipe, tell, BEFORE_TRAINING), recipe.words(folder))
+    expect(ended, 75, "told to stop: no training is going on here that could be saved; run the same command again")
+    for again in run_forked(recipe.script, recipe.words(folder)):
+        expect(again, 0)
+    same_bits(folder, recipe.whole())
+    yield Injected("SIGTERM before the first update", 0)
+
+    folder = recipe.folder / "stopped_in_the_test"
+    (ended,) = run_forked(own_script(recipe, f"stage is Stage.TEST and {tell}"), recipe.words(folder))
+    expect(ended, 75, "told to stop in the test set; run the same command again")
+    lost = lost_updates(folder)
+    recipe.finish(folder)
+    yield Injected("SIGTERM in the test", lost)
+
+    folder = recipe.folder / "stopped_in_a_validation"
+    one = f"stage is Stage.VALID and self.update == 5 and self.world.rank == 1 and {tell}"
+    for ended in run_forked(own_script(recipe, one), recipe.words(folder, ckpt_interval_updates="null"), processes=2):
+        expect(ended, 75)
+    if saved_update(folder) != 5 or [row for row in rows_of(folder) if row["stage"] == "valid"]:
+        raise Wrong("the validation was not broken off, or its update is not saved")
+    recipe.finish(folder, processes=2)
+    yield Injected("SIGTERM to one rank of two in a validation", 0)
+
+
 @contextlib.contextmanager
 def torchrun(
     recipe: Recipe, folder: Path, log: Path, *options: str, module: str = "toolkit.launch", **keys: Any
@@ -337,12 +365,18 @@ def elastic(recipe: Recipe, seed: int) -> Iterator[Injected]:
 # ---- errors in the run ----------------------------------------------------------------------------------------------
 
 
-def own_script(recipe: Recipe, line: str) -> Path:
-    """The template with a line of the user's own at the beginning of its forward pass."""
+FORWARD = "        return self.modules.model(batch.waveforms"
+"""What the template's forward pass begins with."""
+
+BEFORE_TRAINING = "        brain = experiment.brain("
+"""What stands before its training; all is read and built."""
+
+
+def own_script(recipe: Recipe, line: str, place: str = FORWARD) -> Path:
+    """The template with a line of the user's own before a line of it, ``place``."""
     text = recipe.script.read_text(encoding="utf-8")
-    place = "        return self.modules.model(batch.waveforms"
     if text.count(place) != 1:
-        raise Wrong("the template's forward pass is not where it was")
+        raise Wrong(f"the template has no line {place.strip()!r} any more")
     script = recipe.folder / "own" / "train.py"
     script.parent.mkdir(exist_ok=True)
     script.write_text(text.replace(place, f"        {line}\n{place}"), encoding="utf-8")
@@ -379,6 +413,29 @@ def run_without_validations(recipe: Recipe, folder: Path, processes: int) -> Non
     name = "model/model.safetensors"
     if (folder / name).read_bytes() != (recipe.whole(processes) / name).read_bytes():
         raise Wrong("the weights differ from those of the undisturbed run")
+
+
+def not_finite(recipe: Recipe, seed: int) -> Iterator[Injected]:
+    """One utterance that makes a loss NaN: once it costs that update; from then on always, it ends the run."""
+    folder = recipe.folder / "nan_once"
+    line = "if stage is Stage.TRAIN and self.update {} 6: batch.waveforms[0] = float('nan')"
+    (ended,) = run_forked(own_script(recipe, line.format("==")), recipe.words(folder))
+    expect(ended, 0, "update 6: the loss is not finite with the utterances ", "; nothing was changed (1 in a row, ")
+    finite_weights(folder)
+    if [row for row in rows_of(folder) if row["stage"] == "train"][-1].get("skipped_updates") != 1:
+        raise Wrong("the log does not count the update that was skipped")
+    yield Injected("NaN in one loss", 1)
+
+    folder = recipe.folder / "nan_always"
+    keys = {"ckpt_interval_updates": "null", "nonfinite_patience": 3}
+    (ended,) = run_forked(own_script(recipe, line.format(">=")), recipe.words(folder, **keys))
+    expect(ended, 2, "the loss is not finite with the utterances ", "the 3rd such update in a row")
+    report = json.loads((folder / "crash_report.json").read_text())
+    if [update["update"] for update in report["updates"]] != [6, 7, 8] or saved_update(folder) != 5:
+        raise Wrong(f"the report does not tell the updates, or one of them was saved: {report}")
+    lost = lost_updates(folder)
+    recipe.finish(folder, **keys)
+    yield Injected("NaN in every loss from an update on", lost)
 
 
 def dead_worker(recipe: Recipe, seed: int) -> Iterator[Injected]:
@@ -579,9 +636,11 @@ def two_runs(recipe: Recipe, seed: int) -> Iterator[Injected]:
 
 FAULTS: dict[str, Callable[[Recipe, int], Iterator[Injected]]] = {
     "told to stop": stopped,
+    "told to stop elsewhere": stopped_outside,
     "ranks told": ranks_told,
     "ranks killed": elastic,
     "defects": defects,
+    "not finite": not_finite,
     "dead worker": dead_worker,
     "no memory": no_memory,
     "full disk": full_disk,

@@ -30,7 +30,8 @@ from tests.parity.running import (
 )
 from toolkit.models.convert.common import export_tensors, import_tensors
 from toolkit.models.convert.fairseq_names import TEACHER, TEACHERS, names_table
-from toolkit.models.data2vec import Data2VecAudio, Data2VecOutput, Data2VecText
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText
+from toolkit.models.data2vec_targets import Data2VecOutput
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.nn.fast.common import set_fast
 

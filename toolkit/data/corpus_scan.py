@@ -78,7 +78,10 @@ def scan(folder: Path, tree: Mapping[str, tuple[int, int]], memory: Path, check:
             keep(map(inspect, paths))
         else:  # spawn: the caller may hold threads (torch), which fork would copy in a broken state
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                keep(pool.map(inspect, paths, chunksize=64))
+                try:
+                    keep(pool.map(inspect, paths, chunksize=64))
+                finally:  # told to stop, it ends without the files that are left
+                    pool.shutdown(cancel_futures=True)
     return facts
 
 

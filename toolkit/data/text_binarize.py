@@ -184,7 +184,10 @@ def _encoded(chunks: Sequence[Chunk], num_workers: int | None) -> Iterator[Encod
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context) as pool:
-            yield from pool.map(encode_chunk, chunks)
+            try:
+                yield from pool.map(encode_chunk, chunks)
+            finally:  # told to stop, it ends without the chunks that are left
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool as error:
         raise TrainingError(
             "a process that turned text into tokens was killed, most likely because memory ran out; take fewer workers "

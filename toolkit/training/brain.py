@@ -21,10 +21,18 @@ from toolkit.training.compilation import compile_as_told
 from toolkit.training.context import MicroBatches, RunContext
 from toolkit.training.crash import CurrentWork, remove_reports, save_and_report
 from toolkit.training.device_probe import FUSED_OPTIMIZER
-from toolkit.training.evaluation import Rows, ValidationStopped, run_set
+from toolkit.training.evaluation import Rows, run_set
 from toolkit.training.guard import NonFiniteGuard
 from toolkit.training.health import HealthMonitor
-from toolkit.training.limits import Interrupted, Requeue, RunLength, StopSignal, half_way, shortened
+from toolkit.training.limits import (
+    EvaluationStopped,
+    Interrupted,
+    Requeue,
+    RunLength,
+    StopSignal,
+    half_way,
+    shortened,
+)
 from toolkit.training.objective import Objective, Stage, StageResult, as_objective, batch_on_device
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer, set_frozen, set_learning_rates
 from toolkit.training.options import RunOptions
@@ -238,7 +246,8 @@ class Brain:
             self.say(f"training is complete at update {self.update}; raise max_updates or max_minutes to go on.")
             return
         length.start(self.update)
-        with contextlib.closing(self.saver), StopSignal(self.world) as stop:
+        # A second signal must not break off the writing of the last checkpoint: the saver closes first.
+        with StopSignal(self.world) as stop, contextlib.closing(self.saver):
             self._stop = stop
             try:
                 if self.update == 0 and valid_loader is not None:
@@ -249,7 +258,7 @@ class Brain:
                     self.saver.save(self._validate(valid_loader, self.epoch))
                 while not length.is_reached(self.update):
                     self._train_epoch(train_loader, valid_loader, stop)
-            except ValidationStopped:
+            except EvaluationStopped:
                 self._save_and_stop()
             except Exception as error:
                 close(train_loader)
@@ -261,10 +270,11 @@ class Brain:
         close(train_loader)
         self.loggers.pause()
         self._stop = StopSignal()
-        if stop.received and self.world.size == 1:
+        told = self.world.gather_objects((stop.received, stop.interrupted))
+        if any(received for received, _ in told):
             # It came after the last look; what follows (the tests) is not to be begun.
             self.say(f"told to stop: training is complete at update {self.update}; run the same command for the rest.")
-            raise Interrupted if stop.interrupted else Requeue
+            raise Interrupted if any(interrupted for _, interrupted in told) else Requeue
 
     def fit_batch(self, micro: Any) -> None:
         """Forward and backward of one micro-batch; its gradient adds to that of the update."""
@@ -448,11 +458,22 @@ class Brain:
         test_loader : its batches (`EvaluationSampler` behind a `Loader`).
         max_key, min_key : first load the checkpoint with the highest or lowest value of this metric.
         stage : what ``compute_objectives`` is told.
+
+        Raises
+        ------
+        Requeue : SIGTERM or SIGUSR1 came; the process ends with code 75.
         """
         if max_key or min_key:
             self.saver.load_weights("best", metric=max_key or min_key, mode="max" if max_key else "min")
         self.on_stage_start(stage, self.epoch)
-        result = self._run_batches(test_loader, stage, max_steps=self.options.max_eval_steps)
+        try:
+            with StopSignal(self.world, interrupts=False) as self._stop:
+                result = self._run_batches(test_loader, stage, max_steps=self.options.max_eval_steps)
+        except EvaluationStopped:
+            self.say(f"told to stop in the {stage.value} set; run the same command again to evaluate it anew.")
+            raise Requeue from None
+        finally:
+            self._stop = StopSignal()
         result.metrics.update(self.on_stage_end(stage, dict(result.metrics), self.epoch) or {})
         return result
 
@@ -520,7 +541,8 @@ class Brain:
 
     def _save_and_stop(self) -> NoReturn:
         # All ranks end alike, whichever of them was told; one alone knows it before the update is complete.
-        interrupted = self._interrupted or (self.world.size == 1 and self._stop.interrupted)
+        interrupted = self._interrupted or any(failure.is_interrupt for failure in self._work.failures)
+        interrupted = interrupted or (self.world.size == 1 and self._stop.interrupted)
         self.saver.save_and_stop(interrupted=interrupted, pause=self.loggers.pause)
 
     def _tell_bad_audio(self, micro: Any) -> None:

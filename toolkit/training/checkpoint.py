@@ -24,9 +24,10 @@ from toolkit.training.checkpoint_format import (
     delete_folder,
     host_tensor,
     join_state,
+    load_module,
+    name_of_tensor,
     optimizer_from_tensors,
     optimizer_to_tensors,
-    part_of,
     present_folders,
     problem_of,
     read_state,
@@ -37,12 +38,11 @@ from toolkit.training.checkpoint_format import (
     write_folder,
 )
 from toolkit.training.distributed import World, run_on_main
+from toolkit.training.same_run import changed_settings, require_same_data
 
 __all__ = ["CheckpointInfo", "Checkpointer", "optimizer_from_tensors", "optimizer_to_tensors"]
 
 FORMAT = 1
-COMPILED_PREFIX = "_orig_mod."
-"""What torch.compile puts before the names of the module it wraps."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,15 @@ class Checkpointer:
         if int(content.get("format", 0)) > FORMAT:
             raise CheckpointError(f"the checkpoint {path} was written by a newer version of the toolkit; update it.")
         if resume:
-            self._compare_manifests(path, content.get("manifests", {}))
-            self._compare_validation(path, content.get("validation"))
-            self._compare_settings(path, join_state(content.get("settings", {}), _no_tensor))
+            require_same_data(path, content.get("manifests", {}), self.manifests, describe=self.describe_changes)
+            if content.get("validation") and self.validation and content["validation"] != self.validation:
+                self._warn(
+                    f"The validation set has changed since the checkpoint {path.name}: the best so far was found on "
+                    "other data, and later validations do not compare with it."
+                )
+            saved = join_state(content.get("settings", {}), _no_tensor)
+            if changed := changed_settings(saved, self.settings):
+                self._warn(f"Settings differ from those of the checkpoint {path.name}: {changed}.")
         for name in names if names is not None else tuple(self._objects):
             if name not in self._objects:
                 raise ConfigError(f"nothing called {name!r} was added; there are {some_names(self._objects)}.")
@@ -341,7 +347,8 @@ class Checkpointer:
         values: dict[str, Any] = {}
         for name, obj in self._objects.items():
             if isinstance(obj, torch.nn.Module):
-                tensors[name] = {_clean(key): host_tensor(value, copy) for key, value in obj.state_dict().items()}
+                held = obj.state_dict().items()
+                tensors[name] = {name_of_tensor(key): host_tensor(value, copy) for key, value in held}
             elif isinstance(obj, torch.optim.Optimizer):
                 tensors[name], values[name] = optimizer_to_tensors(obj, self._parameter_names(), copy)
             else:
@@ -352,7 +359,7 @@ class Checkpointer:
 
     def _parameter_names(self) -> dict[str, torch.Tensor]:
         return {
-            _clean(key if name == "model" else f"{name}.{key}"): parameter
+            name_of_tensor(key if name == "model" else f"{name}.{key}"): parameter
             for name, obj in self._objects.items()
             if isinstance(obj, torch.nn.Module)
             for key, parameter in obj.named_parameters()
@@ -362,7 +369,7 @@ class Checkpointer:
         obj = self._objects[name]
         if isinstance(obj, torch.nn.Module):
             with TensorFile(path, name) as file:
-                _load_module(obj, file)
+                load_module(obj, file)
             return
         if value is None:
             raise CheckpointError(f"the checkpoint {path} holds nothing called {name!r}, which this run needs.")
@@ -439,45 +446,6 @@ class Checkpointer:
                 delete_folder(info.path)
                 self._verified.discard(info.path)
 
-    # ---------------------------------------------------------------- is it the same run
-
-    def _compare_manifests(self, path: Path, saved: Mapping[str, str]) -> None:
-        names = saved.keys() | self.manifests.keys()
-        changed = [name for name in names if saved.get(name) != self.manifests.get(name)]
-        if saved and self.manifests and changed:
-            how = [(name, self.describe_changes.get(name, str)()) for name in sorted(changed)]
-            told = [f"{name} ({words})" if words else name for name, words in how]
-            raise CheckpointError(
-                f"the data changed since the checkpoint {path}: {some_names(told)}; its place in the epoch means "
-                "other data now. Restore the former data to go on with this run, or give another --output_folder to "
-                "begin one on the new data."
-            )
-
-    def _compare_validation(self, path: Path, saved: Any) -> None:
-        if saved and self.validation and saved != self.validation:
-            self._warn(
-                f"The validation set has changed since the checkpoint {path.name}: the best so far was found on other "
-                "data, and later validations do not compare with it."
-            )
-
-    def _compare_settings(self, path: Path, saved: Mapping[str, Any]) -> None:
-        if not saved or not self.settings:
-            return
-        changed = [
-            f"{name} {_shown(saved, name)} -> {_shown(self.settings, name)}"
-            for name in sorted(saved.keys() | self.settings.keys())
-            if saved.get(name, _ABSENT) != self.settings.get(name, _ABSENT)
-        ]
-        if changed:
-            self._warn(f"Settings differ from those of the checkpoint {path.name}: {some_names(changed, limit=8)}.")
-
-
-_ABSENT = object()
-
-
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "(not set)"
-
 
 def _no_tensor(place: str) -> torch.Tensor:
     raise CheckpointError(f"the checkpoint names a tensor {place!r} where there can be none.")
@@ -524,10 +492,6 @@ def _not_needed(tensor: torch.Tensor, is_temporary: bool) -> torch.Tensor:
     return torch.empty(0)
 
 
-def _clean(name: str) -> str:
-    return name.replace(COMPILED_PREFIX, "")
-
-
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     if not tensors[0].is_floating_point():
         return tensors[0].clone()
@@ -535,25 +499,3 @@ def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors:
         total += tensor
     return (total / len(tensors)).to(tensors[0].dtype)
-
-
-def _load_module(module: torch.nn.Module, file: TensorFile) -> None:
-    """Copy a file's tensors into a module whose names and shapes are the same."""
-    targets = {_clean(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    names = set(file.names())
-    missing, unexpected = targets.keys() - names, names - targets.keys()
-    shapes = [
-        f"{name} is {file.shape(name)} there and {tuple(targets[name].shape)} here"
-        for name in sorted(names & targets.keys())
-        if file.shape(name) != tuple(targets[name].shape)
-    ]
-    if missing or unexpected or shapes:
-        raise CheckpointError(
-            f"{file.path} does not fit the model: {len(missing)} of {len(targets)} tensors are missing "
-            f"({some_names(missing)}), {len(unexpected)} are not known ({some_names(unexpected)}), {len(shapes)} have "
-            f"another shape ({some_names(shapes)}); use the architecture that the run began with."
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            own = target.to_local() if hasattr(target, "to_local") else target
-            own.copy_(part_of(file[name], target))

@@ -34,6 +34,8 @@ BLOCK = 1 << 22
 Copy = Callable[[torch.Tensor, bool], torch.Tensor]
 """Takes a tensor, and whether it is a temporary one (gathered just now), and returns one in host memory."""
 TENSOR_MARK, FLOAT_MARK = "__tensor__", "__float__"
+COMPILED_PREFIX = "_orig_mod."
+"""What torch.compile puts before the names of the module it wraps."""
 LOCAL_SETTINGS = ("fused", "foreach", "capturable", "differentiable")
 """Settings of an optimizer that follow the machine it runs on, not the run."""
 
@@ -250,6 +252,33 @@ class TensorFile:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(self._aliases.get(name, name))
+
+
+def name_of_tensor(name: str) -> str:
+    """A tensor's name in a checkpoint, whether its module was compiled or not."""
+    return name.replace(COMPILED_PREFIX, "")
+
+
+def load_module(module: torch.nn.Module, file: TensorFile) -> None:
+    """Copy a file's tensors into a module whose names and shapes are the same; CheckpointError says what differs."""
+    targets = {name_of_tensor(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    names = set(file.names())
+    missing, unexpected = targets.keys() - names, names - targets.keys()
+    shapes = [
+        f"{name} is {file.shape(name)} there and {tuple(targets[name].shape)} here"
+        for name in sorted(names & targets.keys())
+        if file.shape(name) != tuple(targets[name].shape)
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{file.path} does not fit the model: {len(missing)} of {len(targets)} tensors are missing "
+            f"({some_names(missing)}), {len(unexpected)} are not known ({some_names(unexpected)}), {len(shapes)} have "
+            f"another shape ({some_names(shapes)}); use the architecture that the run began with."
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            own = target.to_local() if hasattr(target, "to_local") else target
+            own.copy_(part_of(file[name], target))
 
 
 def split_state(

@@ -26,7 +26,7 @@ from toolkit.errors import (
 from toolkit.training.distributed import World
 from toolkit.training.folders import write_json
 from toolkit.training.guard import REPORT_NAME, name_some
-from toolkit.training.limits import StopSignal
+from toolkit.training.limits import EvaluationStopped, StopSignal
 from toolkit.training.objective import Stage
 from toolkit.training.progress import Progress
 from toolkit.training.saving import Saver
@@ -105,6 +105,7 @@ class Failure:
     place : the batch.
     is_users : whether its sentence is written for the user (a `ToolkitError`).
     is_stop : whether it only follows from the run having been told to stop.
+    is_interrupt : whether that was by Ctrl-C.
     trace : the traceback in lines.
     """
 
@@ -114,14 +115,19 @@ class Failure:
     place: Place
     is_users: bool = False
     is_stop: bool = False
+    is_interrupt: bool = False
     trace: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, error: Exception, *, rank: int, place: Place, is_stop: bool = False) -> Failure:
+    def of(
+        cls, error: Exception, *, rank: int, place: Place, is_stop: bool = False, is_interrupt: bool = False
+    ) -> Failure:
         """What ``error`` says; memory that ran out is told with the batch."""
         sentence = describe_out_of_memory(error, batch=place.words) if is_out_of_memory(error) else str(error)
         trace = tuple("".join(traceback.format_exception(error)).splitlines())
-        return cls(rank, type(error).__name__, sentence, place, isinstance(error, ToolkitError), is_stop, trace)
+        return cls(
+            rank, type(error).__name__, sentence, place, isinstance(error, ToolkitError), is_stop, is_interrupt, trace
+        )
 
 
 class CurrentWork:
@@ -191,8 +197,9 @@ class CurrentWork:
         batch, number = (None, None) if self._micro is None else (self._micro.batch, self._micro.micro)
         place = Place.of(batch, stage=self._stage.value, update=self.progress.update, micro=number)
         # What a scheduler tells to stop are often all processes, and the workers go at once.
-        is_stop = isinstance(error, WorkerError) and stop.received
-        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop)
+        is_stop = isinstance(error, EvaluationStopped | WorkerError) and stop.received
+        is_interrupt = is_stop and stop.interrupted
+        return Failure.of(error, rank=self.world.rank, place=place, is_stop=is_stop, is_interrupt=is_interrupt)
 
 
 def save_and_report(

@@ -322,7 +322,8 @@ def _buckets(parameters: Iterable[torch.nn.Parameter], limit: int) -> Iterator[l
 def run_on_main(world: World, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` on the main process while the others wait; its result comes to all.
 
-    An error of the toolkit on the main process is raised on every process, so that none waits for ever.
+    An error of the toolkit on the main process is raised on every process, so that none waits for ever; so is its end
+    (SystemExit) where it was told to stop.
     """
     if world.size == 1:
         return function(*args, **kwargs)
@@ -333,9 +334,13 @@ def run_on_main(world: World, function: Callable[..., Any], *args: Any, **kwargs
             outcome = ("value", function(*args, **kwargs))
         except (ToolkitError, OSError) as error:
             failure, outcome = error, ("error", (type(error).__name__, _sentence(error)))
+        except SystemExit as ended:
+            failure, outcome = ended, ("exit", ended.code)
     kind, value = world.broadcast_object(outcome)
     if failure is not None:
         raise failure
+    if kind == "exit":
+        raise SystemExit(value)
     if kind == "error":
         raise getattr(errors, value[0], ToolkitError)(value[1])
     return value

@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.errors import TrainingError, is_out_of_memory
 from toolkit.training.context import MicroBatches
 from toolkit.training.crash import CurrentWork
-from toolkit.training.limits import StopSignal
+from toolkit.training.limits import EvaluationStopped, StopSignal
 from toolkit.training.metrics import MetricSums
 from toolkit.training.objective import Objective, Stage, StageResult
 from toolkit.training.parallel import Parallel
@@ -17,10 +17,6 @@ from toolkit.training.streams import close, passed_on
 
 Rows = list[tuple[int, dict[str, Any]]]
 """Rows that a recipe recorded, each with the number of its batch in the whole set."""
-
-
-class ValidationStopped(Exception):
-    """A validation was broken off because the run was told to stop; the next session makes up for it."""
 
 
 def run_set(
@@ -44,13 +40,13 @@ def run_set(
     recorded : where ``objective_of`` leaves this rank's rows.
     work : is told of each batch and, where a rank fails, of the errors of all.
     parallel : how the ranks share the model.
-    stop : where this run is alone, a validation ends as soon as it is told to stop.
+    stop : a rank that was told to stop leaves its share there; all hear of it when they have come to the end of theirs.
     max_steps : batches of each rank; None = all.
 
     Raises
     ------
     any error of this rank. TrainingError : memory ran out, or the error was another rank's.
-    ValidationStopped : see ``stop``.
+    EvaluationStopped : on every rank without an error of its own, see ``stop``.
     """
     world, update = work.world, work.progress.update
     world.at(f"the {stage.value} set, after update {update}")
@@ -61,8 +57,8 @@ def run_set(
             for micro in micro_batches:
                 if max_steps is not None and micro.update >= max_steps:
                     break
-                if stage is Stage.VALID and stop.received and world.size == 1:
-                    raise ValidationStopped
+                if stop.received:
+                    raise EvaluationStopped
                 work.begin_batch(stage, micro)
                 _add(sums, objective_of(micro))
     except Exception as caught:
@@ -94,6 +90,8 @@ def _gather(recorded: Rows, error: Exception | None, work: CurrentWork, stop: St
     failures = [failure for _, failure in everyone if failure is not None]
     if failures:
         work.failures = failures
+        if any(failure.is_stop for failure in failures) and (mine is None or mine.is_stop):
+            raise EvaluationStopped from error
         if error is None or is_out_of_memory(error):
             raise TrainingError((mine or failures[0]).sentence) from error
         raise error

@@ -52,11 +52,9 @@ output folder, which a real run afterwards starts anew. SIGTERM saves a checkpoi
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
-import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -71,40 +69,34 @@ from toolkit.data.loader import Loader
 from toolkit.data.manifest_rows import describe_changes, rows_path, write_rows
 from toolkit.data.sampler import BucketSampler, EvaluationSampler
 from toolkit.data.units import SECONDS, Unit
-from toolkit.errors import CheckpointError, ConfigError, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.seeds import derive_seed
 from toolkit.training.brain import Brain
 from toolkit.training.checkpoint import Checkpointer
-from toolkit.training.checkpoint_format import CHECKSUMS_NAME, present_folders
 from toolkit.training.context import RunContext
 from toolkit.training.device_probe import try_device
 from toolkit.training.devices import prepare_process, resolve_device
-from toolkit.training.distributed import environment_rank, init_world, run_on_main
-from toolkit.training.folders import FolderLock, open_output_folder, write_atomic
-from toolkit.training.guard import REPORT_NAME
+from toolkit.training.distributed import World, environment_rank, init_world, run_on_main
+from toolkit.training.folders import write_atomic
 from toolkit.training.health import HealthMonitor
-from toolkit.training.hparams import OUTPUT_NAME, HparamsPlan, help_text, plan_hparams
+from toolkit.training.hparams import help_text, plan_hparams
+from toolkit.training.limits import LeaveSignal
 from toolkit.training.loggers import Console, JsonLinesLogger, Logger, Loggers, TensorBoardLogger, TextLogger
 from toolkit.training.metrics import MetricSums
 from toolkit.training.objective import StageResult
 from toolkit.training.optim import ParameterGroup
 from toolkit.training.options import RunOptions, parse_arguments
+from toolkit.training.run_folder import (
+    MODEL_NAME,
+    has_checkpoints,
+    holds_model,
+    keep_record,
+    nothing_to_evaluate,
+    open_run_folder,
+)
 from toolkit.training.saving import check_weights
 from toolkit.training.schedules import Schedule
 from toolkit.training.summary import format_summary, summarize, write_summary
-from toolkit.training.yaml_tree import plain_or_none, read_tree
-
-DEBUG_MARK = "debug_run"
-"""Marks an output folder whose results come from --debug, so that a real run does not go on from them."""
-
-MODEL_NAME = "model"
-"""The model folder in an output folder."""
-
-RESULTS = (
-    "save", MODEL_NAME, "tensorboard", "metrics.jsonl", "summary.json", "test_hypotheses.jsonl",
-    "test_predictions.jsonl", REPORT_NAME,
-)  # fmt: skip
-"""What a run leaves in its output folder, beside logs and what was prepared; the report of a crash, last, is no run."""
 
 
 class Experiment:
@@ -116,7 +108,7 @@ class Experiment:
     options : how to run.
     context : device, ranks, loggers, output folder.
     settings : plain values that decide results, compared when a run is resumed.
-    lock : of the output folder (main process).
+    held : what is given back when the run ends (loggers, process group, the output folder's lock).
     keep_record : writes into the output folder what was run; called once a checkpoint that was there is resumed. None:
         that is done, or the record is another run's.
     """
@@ -128,13 +120,13 @@ class Experiment:
         context: RunContext,
         *,
         settings: Mapping[str, Any],
-        lock: FolderLock | None = None,
+        held: contextlib.ExitStack | None = None,
         keep_record: Callable[[], None] | None = None,
     ) -> None:
         self.hparams, self.options, self.context, self.settings = hparams, options, context, settings
         self.device, self.world, self.loggers = context.device, context.world, context.loggers
         self.output_folder: Path = context.output_folder or Path()
-        self._lock = lock
+        self._held = held or contextlib.ExitStack()
         self._manifests: dict[str, str] = {}
         self._changes: dict[str, Callable[[], str]] = {}
         self._checkpointer: Checkpointer | None = None
@@ -149,10 +141,7 @@ class Experiment:
 
     def close(self) -> None:
         """Leave the process group, end the loggers, unlock the output folder."""
-        self.loggers.close()
-        self.world.close()
-        if self._lock is not None:
-            self._lock.release()
+        self._held.close()
 
     def say(self, sentence: object) -> None:
         """A sentence for the log (of the main process)."""
@@ -369,7 +358,7 @@ class Experiment:
                 "another --output_folder to evaluate the pretrained model alone."
             )
         if damaged or not self._has_weights:
-            raise _nothing_to_evaluate(self.output_folder)
+            raise nothing_to_evaluate(self.output_folder)
 
     def _run_tests(
         self,
@@ -422,139 +411,36 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
     if not plan.values.get("output_folder"):
         raise ConfigError(f"{plan.path} has no output_folder; add the key, or give --output_folder.")
     folder = Path(plan.values["output_folder"]).expanduser()
-    device = resolve_device(options.device, local_rank=environment_rank(options.local_rank)[1])
-    device.resolve_precision(options.precision)
-    said = prepare_process(device, options)
-    device, tried = try_device(device)
-    said += tried
-    world = init_world(
-        device,
-        backend=options.distributed_backend,
-        timeout_minutes=options.distributed_timeout_minutes,
-        local_rank=options.local_rank,
-    )
-    locks: list[FolderLock] = []
-    loggers = Loggers()
-    try:
-        is_recorded = run_on_main(world, _open_folder, folder, options, plan, script, locks)
-        if world.is_main:
-            loggers = _loggers(folder, options)
+    with contextlib.ExitStack() as held:  # not even a folder's lock may outlive a start that fails
+        held.enter_context(LeaveSignal(World(*environment_rank(options.local_rank))))
+        device = resolve_device(options.device, local_rank=environment_rank(options.local_rank)[1])
+        device.resolve_precision(options.precision)
+        said = prepare_process(device, options)
+        device, tried = try_device(device)
+        world = init_world(
+            device,
+            backend=options.distributed_backend,
+            timeout_minutes=options.distributed_timeout_minutes,
+            local_rank=options.local_rank,
+        )
+        held.callback(world.close)
+        is_recorded = run_on_main(world, open_run_folder, folder, options, plan, script, held)
+        loggers = _loggers(folder, options) if world.is_main else Loggers()
+        held.callback(loggers.close)
         precision = device.resolve_precision(options.precision)
         loggers.say(f"{shlex.join([Path(sys.argv[0]).name, *argv])}: writing to {folder}")
         loggers.say(f"{device.name}, precision {precision}, {world.size} process{'es' if world.size > 1 else ''}")
-        for sentence in said:
+        for sentence in [*said, *tried]:
             loggers.say(sentence)
         torch.manual_seed(derive_seed(options.seed, "model"))
-        hparams = plan.build()
-    except BaseException:
-        # Not even a folder's lock may outlive a start that failed.
-        for lock in locks:
-            lock.release()
-        loggers.close()
-        world.close()
-        raise
-    context = RunContext(device, world, loggers, folder)
-    return Experiment(
-        hparams,
-        options,
-        context,
-        settings=plan.settings(),
-        lock=locks[0] if locks else None,
-        keep_record=None if is_recorded else partial(_keep_record, folder, plan, script),
-    )
-
-
-def _open_folder(
-    folder: Path, options: RunOptions, plan: HparamsPlan, script: str | Path | None, locks: list[FolderLock]
-) -> bool:
-    """Lock the output folder, clear it of a debug run, and keep there what was run (main process).
-
-    Returns
-    -------
-    False where the record waits until the checkpoint that is there was resumed: a run that is refused, because the
-    folder is another's, must not put its settings in the place of that one's.
-    """
-    locks.append(open_output_folder(folder))
-    mark = folder / DEBUG_MARK
-    if options.test_only:
-        _check_evaluation(folder, plan.values.get("pretrained"))
-    elif options.debug and not mark.exists() and any(_has_content(folder / name) for name in RESULTS[:-1]):
-        raise ConfigError(
-            f"{folder} holds a run, which --debug would overwrite; give the debug run another --output_folder."
+        return Experiment(
+            plan.build(),
+            options,
+            RunContext(device, world, loggers, folder),
+            settings=plan.settings(),
+            held=held.pop_all(),
+            keep_record=None if is_recorded else partial(keep_record, folder, plan, script),
         )
-    if mark.exists() and not options.test_only:
-        for name in RESULTS:
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        mark.unlink()
-    if options.debug and not options.test_only:
-        mark.write_text("The results in this folder come from --debug; a real run deletes them.\n")
-    if options.test_only and (has_checkpoints(folder) or holds_model(folder)):
-        return True
-    if has_checkpoints(folder):
-        return False
-    _keep_record(folder, plan, script)
-    return True
-
-
-def _keep_record(folder: Path, plan: HparamsPlan, script: str | Path | None) -> None:
-    """Write the settings, a copy of the script, and the packages."""
-    plan.save(folder)
-    if script is not None and Path(script).exists():
-        shutil.copyfile(script, folder / Path(script).name)
-    write_atomic(folder / "env.log", describe_environment())
-
-
-def has_checkpoints(folder: Path) -> bool:
-    """Whether the run in the output folder ``folder`` has finished writing a checkpoint, sound or not."""
-    return any((path / CHECKSUMS_NAME).exists() for _, path in present_folders(folder / "save"))
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether the output folder ``folder`` has the ``model/`` of a run."""
-    return (folder / MODEL_NAME / "config.json").exists()
-
-
-def _check_evaluation(folder: Path, pretrained: Any) -> None:
-    """Whether it is plain what ``test_only`` shall evaluate: the run in ``folder``, or ``pretrained``."""
-    if not (has_checkpoints(folder) or holds_model(folder)):
-        if not pretrained:
-            raise _nothing_to_evaluate(folder)
-        return
-    # A fine-tuning run is evaluated by its own command, which names what it began with.
-    own = (_setting_of_run(folder, "pretrained"), folder / MODEL_NAME)
-    if pretrained and not any(_is_same_path(pretrained, path) for path in own):
-        raise ConfigError(
-            f"{folder} holds a run of its own, and --pretrained names {pretrained}; leave out --pretrained to evaluate "
-            "that run, or give another --output_folder to evaluate the pretrained model."
-        )
-
-
-def _setting_of_run(folder: Path, key: str) -> Any:
-    """A setting of the run in ``folder`` by its record; None where there is none."""
-    try:
-        return plain_or_none(read_tree(folder / OUTPUT_NAME).root.get(key))
-    except ToolkitError:
-        return None
-
-
-def _is_same_path(first: Any, second: Any) -> bool:
-    return bool(second) and Path(str(first)).expanduser().resolve() == Path(str(second)).expanduser().resolve()
-
-
-def _has_content(path: Path) -> bool:
-    """Whether a folder holds anything, or a file is not empty."""
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-
-
-def _nothing_to_evaluate(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"there is nothing to evaluate: {folder / 'save'} holds no sound checkpoint and no pretrained model was given; "
-        "train first, or name the folder of a run with --output_folder."
-    )
 
 
 def _loggers(folder: Path, options: RunOptions) -> Loggers:
@@ -563,14 +449,6 @@ def _loggers(folder: Path, options: RunOptions) -> Loggers:
     if options.tensorboard:
         writers.append(TensorBoardLogger(folder / "tensorboard"))
     return Loggers(writers, Console(progressbar=not options.noprogressbar))
-
-
-def describe_environment() -> str:
-    """Python, machine and packages, for ``env.log``."""
-    packages = sorted(
-        {f"{found.metadata['Name']}=={found.version}" for found in importlib.metadata.distributions()}, key=str.lower
-    )
-    return "\n".join([f"python {platform.python_version()}", platform.platform(), *packages]) + "\n"
 
 
 def _without_result(function: Callable[[Path], Any], folder: Path) -> None:

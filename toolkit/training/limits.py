@@ -24,12 +24,14 @@ ECHO_SECONDS = 2.0
 
 FIRST_INTERRUPT = "\ninterrupted: saving at the end of this update; Ctrl-C again ends at once, without saving.\n"
 
+LEAVING = "\ntold to stop: no training is going on here that could be saved; run the same command again to go on.\n"
+
 UNKNOWN = 10**9
 """Total of a run limited by time only, before its first update."""
 
 
 class Requeue(SystemExit):
-    """Ends the process with code 75 after a checkpoint; the same command goes on from there."""
+    """Ends the process, which was told to stop, with code 75; the same command goes on from what it has saved."""
 
     def __init__(self) -> None:
         super().__init__(REQUEUE)
@@ -40,6 +42,10 @@ class Interrupted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(INTERRUPTED)
+
+
+class EvaluationStopped(Exception):
+    """A validation or a test was broken off because the run was told to stop; the next session makes up for it."""
 
 
 class RunLength:
@@ -157,11 +163,12 @@ class StopSignal:
     Arguments
     ---------
     world : the ranks; the main process says what the first Ctrl-C does.
+    interrupts : False leaves Ctrl-C as it is.
     """
 
-    def __init__(self, world: World | None = None) -> None:
+    def __init__(self, world: World | None = None, *, interrupts: bool = True) -> None:
         self.received = self.interrupted = False
-        self._world = world or World()
+        self._world, self._interrupts = world or World(), interrupts
         self._previous: dict[int, Any] = {}
         self._owner = os.getpid()
         self._first = 0.0
@@ -173,7 +180,7 @@ class StopSignal:
             if hasattr(signal, "SIGUSR1"):  # not on Windows
                 self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._notice)
             # A shell starts jobs of the background with Ctrl-C ignored; that is not for us to change.
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            if self._interrupts and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._notice_interrupt)
         return self
 
@@ -185,12 +192,15 @@ class StopSignal:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
-            self.received = True
+            self._told()
         elif number == signal.SIGTERM:
             # A worker process inherited this handler; it must die when it is told to.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         # SIGUSR1, which a scheduler may send to all processes of a job, is no reason for a worker to go.
+
+    def _told(self) -> None:
+        self.received = True
 
     def _notice_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -200,12 +210,34 @@ class StopSignal:
         if not self.interrupted:
             self.received = self.interrupted = True
             self._first = now
-            if self._world.is_main:
-                # Not print: the signal may have come in the middle of one.
-                with contextlib.suppress(OSError):
-                    os.write(2, FIRST_INTERRUPT.encode())
+            self._write(FIRST_INTERRUPT)
         elif self._world.size == 1 or now - self._first > ECHO_SECONDS:
             raise KeyboardInterrupt
+
+    def _write(self, sentence: str) -> None:
+        """A sentence of the main process. Not print: the signal may have come in the middle of one."""
+        if self._world.is_main:
+            with contextlib.suppress(OSError):
+                os.write(2, sentence.encode())
+
+
+class LeaveSignal(StopSignal):
+    """Ends the process with code 75 (`Requeue`) on SIGTERM and SIGUSR1 while it is open.
+
+    For the parts of a run in which nothing is trained (preparing, loading, writing the model): the same command makes
+    them again. `StopSignal` takes its place inside.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        super().__init__(world, interrupts=False)
+
+    def _told(self) -> None:
+        now = time.monotonic()
+        if self.received and now - self._first < ECHO_SECONDS:
+            return  # a launcher's echo of it must not break off what is put away on the way out
+        self.received, self._first = True, now
+        self._write(LEAVING)
+        raise Requeue
 
 
 def shortened(options: RunOptions) -> RunOptions:

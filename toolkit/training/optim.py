@@ -185,7 +185,8 @@ class LossScale:
     Arguments
     ---------
     device : where the losses are.
-    initial, minimum, maximum : first, lowest and highest scale.
+    initial, minimum, maximum : first, lowest and highest scale. Losses are summed over frames and tokens, not averaged:
+        the first is low, as fairseq's (``fp16_init_scale``, 128).
     window : good updates in a row before it doubles.
 
     Example
@@ -200,7 +201,7 @@ class LossScale:
         self,
         device: torch.device,
         *,
-        initial: float = 65536.0,
+        initial: float = 128.0,
         minimum: float = 2.0**-14,
         maximum: float = 2.0**24,
         window: int = 2000,

@@ -23,34 +23,22 @@ from toolkit.data.text_dictionary import TextDictionary
 from toolkit.data.text_masks import TextMasking
 from toolkit.data.units import TOKENS
 from toolkit.errors import ConfigError, run_main
-from toolkit.models.data2vec import Data2VecOutput
+from toolkit.models.data2vec_targets import Data2VecOutput
 from toolkit.models.model_files import save_model_folder
 from toolkit.models.pretrainer import load_whole_model
-from toolkit.training.brain import Brain, Objective, Stage
+from toolkit.pretraining import MaskedPrediction
+from toolkit.training.brain import Stage
 from toolkit.training.experiment import Experiment, start
 from toolkit.training.health import data2vec_health
-from toolkit.training.step import StepResult
 from toolkit.training.text_loaders import text_eval_loader, text_train_loader
 
 
-class TextPretraining(Brain):
+class TextPretraining(MaskedPrediction):
     """Predict a teacher's features of the hidden tokens."""
 
     def compute_forward(self, batch: TextBatch, stage: Stage) -> Data2VecOutput:
         """Dropout differs in every update; a validation has the same masks each time, and no dropout."""
         return self.modules.model(batch.source, batch.tokens, chosen=batch.chosen, rng=self.rng, update=self.update)
-
-    def compute_objectives(self, predictions: Data2VecOutput, batch: TextBatch, stage: Stage) -> Objective:
-        """The sum over the hidden tokens, so that an update's gradient is the mean over all of them."""
-        return Objective(predictions.loss_sum, predictions.num_masked, predictions.metrics())
-
-    def on_update_end(self, result: StepResult) -> None:
-        """The teacher moves towards its student."""
-        self.modules.model.finish_update(self.update)
-
-    def on_update_given_up(self) -> None:
-        """A teacher that moved with its micro-batches goes back."""
-        self.modules.model.give_up_update()
 
 
 def read_parts(experiment: Experiment) -> tuple[TextDictionary, TextBlocks | None, dict[str, TextBlocks]]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from tests.unit.models.tiny import batch, encoder
 from toolkit.errors import ModelError
-from toolkit.models.data2vec import Data2VecAudio, Data2VecText, TargetRule, deviation, instance_norm
+from toolkit.models.data2vec import Data2VecAudio, Data2VecText
+from toolkit.models.data2vec_targets import TargetRule, deviation, instance_norm
 from toolkit.models.text_encoder import TextEncoder
 from toolkit.nn.fast.common import set_fast
 from toolkit.seeds import Randomness

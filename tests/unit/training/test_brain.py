@@ -17,7 +17,7 @@ from toolkit.training.brain import Brain, Objective, RunContext, Stage
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.crash import not_finite
 from toolkit.training.distributed import World
-from toolkit.training.limits import Interrupted
+from toolkit.training.limits import Interrupted, Requeue
 from toolkit.training.loggers import Loggers
 from toolkit.training.optim import LossScale, ParameterGroup, build_optimizer
 from toolkit.training.step import UpdateStep
@@ -539,6 +539,21 @@ def test_a_stop_breaks_a_validation_off_and_the_next_session_makes_up_for_it(tmp
     assert saved_updates(tmp_path)[-1] == update
     brain, rows = run(Regression)
     assert brain.update == 4 and [row["update"] for row in rows] == list(range(update, 5, 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_breaks_a_test_off_after_its_batch(number):
+    memory, before = Memory(), signal.getsignal(signal.SIGTERM)
+    brain = make(interrupting(update=0, stage=Stage.TEST, number=number), memory=memory)
+    test = ClosableLoader([pairs(8, 10)], [pairs(10, 12)])
+    with pytest.raises(Requeue) as caught:
+        brain.evaluate(test)
+    assert caught.value.code == 75 and test.closed == 1
+    assert memory.sentences == ["told to stop in the test set; run the same command again to evaluate it anew."]
+    assert signal.getsignal(signal.SIGTERM) is before
+    # Ctrl-C ends a test at once: there is nothing to save.
+    with pytest.raises(KeyboardInterrupt):
+        make(interrupting(update=0, stage=Stage.TEST)).evaluate(test)
 
 
 @pytest.mark.parametrize(

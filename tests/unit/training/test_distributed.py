@@ -150,11 +150,16 @@ try:
     run_on_main(world, open, "/nowhere/file")
 except (OSError, ToolkitError) as error:
     print("second", world.rank, type(error).__name__, flush=True)
+try:
+    run_on_main(world, sys.exit, 75)
+except SystemExit as ended:
+    print("ended", world.rank, ended.code, flush=True)
 world.close()
 """,
     )
     for rank in (0, 1):
         assert f"told {rank} the manifest is empty; prepare it again." in output
+        assert f"ended {rank} 75" in output
     assert "second 0 FileNotFoundError" in output and "second 1 ToolkitError" in output
 
 

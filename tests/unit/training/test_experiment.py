@@ -1,10 +1,14 @@
 """Starting a recipe: what is refused before anything is built, and what is kept (whole runs: test_brain_runs.py)."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from toolkit.errors import ConfigError
 from toolkit.training.experiment import start
+from toolkit.training.limits import ECHO_SECONDS, LeaveSignal, Requeue
 
 YAML = """
 # What the test writes to.
@@ -61,6 +65,34 @@ def test_a_start_that_fails_gives_the_folder_back(yaml_file, tmp_path):
         start([str(broken)])
     with start([str(yaml_file)]):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_where_nothing_is_trained_it_leaves_at_once_with_the_code_for_schedulers(
+    yaml_file, number, capfd
+):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with pytest.raises(Requeue) as caught:
+        with start([str(yaml_file)]) as experiment:
+            experiment.prepare(os.kill, os.getpid(), number)
+    assert caught.value.code == 75
+    assert "told to stop: no training is going on here that could be saved; run the same" in capfd.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    with start([str(yaml_file)]):  # the lock was given back
+        pass
+
+
+def test_the_echo_of_a_signal_does_not_break_off_what_is_put_away(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("toolkit.training.limits.time.monotonic", lambda: clock[0])
+    with LeaveSignal():
+        with pytest.raises(Requeue):
+            os.kill(os.getpid(), signal.SIGTERM)
+        clock[0] += ECHO_SECONDS - 0.1
+        os.kill(os.getpid(), signal.SIGTERM)
+        clock[0] += 0.2
+        with pytest.raises(Requeue):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_help_is_printed_from_the_yaml(yaml_file, capsys):

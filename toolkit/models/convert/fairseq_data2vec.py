@@ -11,7 +11,8 @@ from torch import Tensor
 from toolkit.errors import CheckpointError, ModelError
 from toolkit.models.convert.fairseq_names import HEADS, TEACHERS
 from toolkit.models.convert.fairseq_settings import setting, short
-from toolkit.models.data2vec import EMA_TIMINGS, TEACHER_INPUTS, TargetRule
+from toolkit.models.data2vec import EMA_TIMINGS, TEACHER_INPUTS
+from toolkit.models.data2vec_targets import TargetRule
 from toolkit.nn.ema import DecayRamp
 
 LAYERS_ONLY = {"data2vec_audio": "ema_layers_only", "data2vec_text": "ema_transformer_layers_only"}
