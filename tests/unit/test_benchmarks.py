@@ -258,9 +258,9 @@ CORPUS = ["--data_folder", str(ROOT / "tests" / "fixtures" / "librispeech_tiny" 
     ("name", "words", "said"),
     [
         ("accelerator", ["--smoke", "--cases", "nonsense"], "'nonsense' is in no case's name; the cases are: base"),
-        ("accelerator", ["--rounds", "0"], "--rounds is 0, expected a number of at least 1."),
-        ("accelerator", ["--warmup", "0"], "--warmup is 0, expected a number of at least 1."),
-        ("accelerator", ["--minutes", "nan"], "--minutes is nan, expected a number of at least 0."),
+        ("accelerator", ["--smoke", "--minutes", "0", "--rounds", "0"], "--rounds is 0, expected a number of at least 1."),
+        ("accelerator", ["--smoke", "--minutes", "0", "--warmup", "0"], "--warmup is 0, expected a number of at least 1."),
+        ("accelerator", ["--smoke", "--minutes", "nan"], "--minutes is nan, expected a number of at least 0."),
         ("accelerator", ["--smoke", "--output", f"{__file__}/x/a.json"], "Not a directory"),
         ("accelerator", ["--smoke", "--output", str(ROOT)], "is a folder; name a file."),
         ("checkpoint", ["--rounds", "0"], "--rounds is 0, expected a number of at least 1."),
