@@ -1,7 +1,7 @@
 # make demo   the main job on a small synthetic corpus, from nothing to a word error rate (10 minutes)
 # make test   all tests                        make lint   ruff, and the test of the floors
 # make venv   only the environment             make bench  the pretraining step against its peer and its loop
-# make faults 50 kills and every other fault, counted (10 minutes); FAULTS_ARGS="--kills 200 --json report.json"
+# make faults 50 kills and every other fault, counted (5 minutes); FAULTS_ARGS="--kills 200 --json report.json"
 # make distributed  several processes against one: every model, ddp and fsdp2, 2 and 4 processes
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13):        make venv PYTHON=python3.12

@@ -57,7 +57,7 @@ def run_all(folder: Path, *, number: int, seed: int, only: str) -> dict[str, tup
     parts: dict[str, tuple[int, Callable[[], Iterator[Injected]]]] = {}
     for recipe, count in zip((Digits, Data2Vec), halves, strict=True):
         # long enough that the kills do not all fall on the same updates
-        made = recipe(folder / recipe.__name__.lower(), updates=max(16, count))
+        made = recipe(folder / f"kills_{recipe.__name__}", updates=max(16, count))
         parts[f"kill -9, {recipe.__name__}"] = (count, partial(kills, made, number=count, seed=seed))
     parts |= {name: (WEIGHT, partial(fault, digits, seed)) for name, fault in FAULTS.items()}
     parts = {name: part for name, part in parts.items() if only in name and part[0]}

@@ -226,8 +226,8 @@ class Brain:
             return
         if self.saver.checkpointer is not None:
             self.saver.checkpointer.validation = getattr(valid_loader, "fingerprint", "")
-        self._prepare_fit(train_loader)
         try:
+            self._prepare_fit(train_loader)
             self._fit(train_loader, valid_loader)
         except BaseException:
             self._parallel.abandon()
@@ -247,7 +247,7 @@ class Brain:
             return
         length.start(self.update)
         # A second signal must not break off the writing of the last checkpoint: the saver closes first.
-        with StopSignal(self.world) as stop, contextlib.closing(self.saver):
+        with StopSignal(self.world) as stop, contextlib.closing(self._profiler), contextlib.closing(self.saver):
             self._stop = stop
             try:
                 if self.update == 0 and valid_loader is not None:
@@ -266,7 +266,6 @@ class Brain:
                 if told is error:
                     raise
                 raise told from error
-        self._profiler.close()
         close(train_loader)
         self.loggers.pause()
         self._stop = StopSignal()
@@ -353,7 +352,7 @@ class Brain:
                 self.on_update_given_up()
             if any(failure.is_stop for failure in failures):
                 self._save_and_stop()
-        if self.update == 0 and all(failure.is_users for failure in failures):
+        if self.update == 0 and all(failure.is_mistake for failure in failures):
             return error  # a mistake of the user's, met before anything was trained: its sentence says all
         folder, about = self.context.output_folder, self._about() | self._guard.findings()
         self.say(save_and_report(self.saver, self.optimizer, self._work, failures=failures, folder=folder, about=about))

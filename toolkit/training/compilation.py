@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.errors import ConfigError
 from toolkit.training.options import RunOptions
 
 VARIANTS = 64
@@ -50,6 +51,25 @@ def compile_as_told(modules: nn.ModuleDict, options: RunOptions) -> None:
     if options.compile_backend is not None:  # modes are inductor's
         how = {"backend": options.compile_backend}
     compile_modules(modules, by_block=options.compile_blocks or options.parallel == "fsdp2", **how)
+
+
+def check_compilation(options: RunOptions) -> None:
+    """ConfigError where ``compile`` is asked for with a backend or mode that torch does not know."""
+    if not options.compile:
+        return
+    if options.compile_backend is not None:
+        known = sorted(torch.compiler.list_backends(exclude_tags=()))
+        if options.compile_backend not in known:
+            raise ConfigError(
+                f"--compile_backend {options.compile_backend!r} is not known to torch here; name one of "
+                f"{', '.join(known)}, or install the plugin that brings it."
+            )
+    else:
+        from torch._inductor import list_mode_options
+
+        modes = list(list_mode_options())
+        if options.compile_mode not in modes:
+            raise ConfigError(f"--compile_mode {options.compile_mode!r} is none of {', '.join(modes)}.")
 
 
 def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:

@@ -118,6 +118,11 @@ class Failure:
     is_interrupt: bool = False
     trace: tuple[str, ...] = ()
 
+    @property
+    def is_mistake(self) -> bool:
+        """Whether the user can mend it, and its sentence says how; a worker that died is nobody's mistake."""
+        return self.is_users and self.kind != WorkerError.__name__
+
     @classmethod
     def of(
         cls, error: Exception, *, rank: int, place: Place, is_stop: bool = False, is_interrupt: bool = False

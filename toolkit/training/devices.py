@@ -56,9 +56,8 @@ class DeviceKind:
         that switch it on; a run switches them off.
     pin_memory : whether batches are copied faster from page-locked memory of the host.
     step_mark : a ``module:function`` called after each backward pass and each update, ...
-    step_mark_if : ... where the environment has this NAME=VALUE.
-    static_shapes : whether every new shape costs a compilation.
-    float64 : whether it has that format.
+    step_mark_unless : ... unless the environment has this NAME=VALUE.
+    static_shapes : whether every new shape costs a compilation, which a run is told.
     probed : whether a run first tries which operators the device has (`toolkit.training.device_probe`).
     host_operations : those expected to be missing, until it is tried.
     environment : advice on variables.
@@ -78,9 +77,8 @@ class DeviceKind:
     rounding_switches: tuple[str, ...] = ()
     pin_memory: bool = False
     step_mark: str | None = None
-    step_mark_if: str = ""
+    step_mark_unless: str = ""
     static_shapes: bool = False
-    float64: bool = True
     probed: bool = True
     host_operations: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
@@ -159,7 +157,7 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
         plugin="habana_frameworks.torch",
         versions=device_versions.hpu_versions,
         step_mark="habana_frameworks.torch.core:mark_step",
-        step_mark_if="PT_HPU_LAZY_MODE=1",
+        step_mark_unless="PT_HPU_LAZY_MODE=0",  # other values, and none in older releases, are lazy; else it is idle
         static_shapes=True,
         host_operations=("ctc_loss",),
         environment=("PT_HPU_LAZY_MODE=0",),
@@ -182,7 +180,6 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
         install="macOS 14 or newer on Apple silicon with torch's own Mac build",
         has_bf16=_mps_has_bf16,
         versions=device_versions.mps_versions,
-        float64=False,
         host_operations=("ctc_loss",),
         environment=("PYTORCH_ENABLE_MPS_FALLBACK=1",),
     ),
@@ -251,11 +248,6 @@ class Device:
         return self.kind.pin_memory
 
     @property
-    def static_shapes(self) -> bool:
-        """Whether every new shape costs a compilation."""
-        return self.kind.static_shapes
-
-    @property
     def name(self) -> str:
         """The device in words, such as ``cuda:0 (NVIDIA H100)``."""
         if self.type == "cpu":
@@ -307,8 +299,8 @@ class Device:
 
     def mark_step(self) -> None:
         """Tell a device that collects operations that these are all of a backward pass, or of an update."""
-        variable, _, value = self.kind.step_mark_if.partition("=")
-        if self.kind.step_mark is not None and os.environ.get(variable) == value:
+        variable, _, value = self.kind.step_mark_unless.partition("=")
+        if self.kind.step_mark is not None and os.environ.get(variable) != value:
             module, function = self.kind.step_mark.split(":")
             getattr(importlib.import_module(module), function)()
 
@@ -370,13 +362,14 @@ def install_words(kind: DeviceKind) -> str:
     return kind.install.format(torch=release)
 
 
-def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
+def resolve_device(wanted: str = "auto", *, local_rank: int = 0, several: bool = False) -> Device:
     """The device that ``wanted`` means for this process.
 
     Arguments
     ---------
     wanted : ``auto`` (the accelerator if there is one, else the CPU), a kind (``cuda``), or one device (``cuda:1``).
     local_rank : number of this process on its machine; it takes the device of that number.
+    several : whether this machine has other processes of the run.
 
     Raises
     ------
@@ -396,7 +389,7 @@ def resolve_device(wanted: str = "auto", *, local_rank: int = 0) -> Device:
         )
     if kind.name == "cpu":
         return Device(kind, torch.device("cpu"), kind.host_operations)
-    if number is not None and local_rank and number != local_rank:
+    if number is not None and number != local_rank and (several or local_rank):
         raise DeviceError(f"--device {wanted} names one device for several processes; write --device {name}.")
     index = local_rank if number is None else number
     if index >= count:
@@ -441,6 +434,8 @@ def prepare_process(device: Device, options: RunOptions) -> list[str]:
             said.append("Precision: this CPU has no bf16 products and emulates them slowly; fp32 may be faster.")
     if device.kind.rounding:
         said += _exact_products(device.kind)
+    if device.kind.static_shapes:
+        said.append(f"Shapes: {device.type} compiles for each shape of a batch; a lower num_buckets makes fewer.")
     return said + advised_environment(device.kind)
 
 

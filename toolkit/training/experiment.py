@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,7 @@ from toolkit.errors import CheckpointError, ConfigError
 from toolkit.seeds import derive_seed
 from toolkit.training.brain import Brain
 from toolkit.training.checkpoint import Checkpointer
+from toolkit.training.compilation import check_compilation
 from toolkit.training.context import RunContext
 from toolkit.training.device_probe import try_device
 from toolkit.training.devices import prepare_process, resolve_device
@@ -412,9 +414,12 @@ def start(argv: Sequence[str], *, script: str | Path | None = None) -> Experimen
         raise ConfigError(f"{plan.path} has no output_folder; add the key, or give --output_folder.")
     folder = Path(plan.values["output_folder"]).expanduser()
     with contextlib.ExitStack() as held:  # not even a folder's lock may outlive a start that fails
-        held.enter_context(LeaveSignal(World(*environment_rank(options.local_rank))))
-        device = resolve_device(options.device, local_rank=environment_rank(options.local_rank)[1])
+        rank, local_rank, size = environment_rank(options.local_rank)
+        held.enter_context(LeaveSignal(World(rank, local_rank, size)))
+        several = size > 1 and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+        device = resolve_device(options.device, local_rank=local_rank, several=several)
         device.resolve_precision(options.precision)
+        check_compilation(options)
         said = prepare_process(device, options)
         device, tried = try_device(device)
         world = init_world(

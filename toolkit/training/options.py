@@ -108,6 +108,10 @@ class RunOptions:
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name} must be above 0, but is {value}" + (
                     "; write null to switch it off." if name != "distributed_timeout_minutes" else "."))
+        for name, high in {"threads": 4096, "distributed_timeout_minutes": 525_600}.items():  # a year
+            value = getattr(self, name)
+            if value is not None and value > high:
+                raise ConfigError(f"--{name} must be {high} or less, but is {value}.")
         if self.max_bad_share > 1:
             raise ConfigError(f"--max_bad_share is a share between 0 and 1, but is {self.max_bad_share}.")
 

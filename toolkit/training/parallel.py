@@ -161,6 +161,8 @@ class Shards:
                 self._units.append(unit)
             root.set_reduce_scatter_unused_params(True)
             root.register_forward_pre_hook(lambda module, _: self._ran.add(module))
+        for before in self._before:
+            before.note_sharding()
         self._set_keep_all(True)
         self._used: set[str] = set()
         self._watched: set[str] = set()
@@ -277,23 +279,39 @@ class Shards:
 
 
 class _Before:
-    """What a module was before it was sharded: its class, hooks and attributes."""
+    """What a module was before it was sharded: its class, hooks and attributes. What a recipe adds later is its own."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, module.__class__
         self.names = set(module.__dict__)
-        self.hooks = {name: value.copy() for name, value in module.__dict__.items() if _is_hooks(name, value)}
+        self.hooks = {name: set(value) for name, value in module.__dict__.items() if _is_hooks(name, value)}
+        self.added: set[str] = set()
+        self.added_hooks: dict[str, set[int]] = {}
+
+    def note_sharding(self) -> None:
+        """The module has just been sharded: what is new came from that."""
+        self.added = self.module.__dict__.keys() - self.names
+        self.added_hooks = {name: set(self.module.__dict__[name]) - known for name, known in self.hooks.items()}
 
     def restore(self) -> None:
         """Make it that again; parameters stay as they are now."""
         self.module.__class__ = self.kind
-        for name in self.module.__dict__.keys() - self.names:
-            del self.module.__dict__[name]
-        for name, hooks in self.hooks.items():
-            self.module.__dict__[name].clear()
-            self.module.__dict__[name].update(hooks)
+        for name in self.added:
+            self.module.__dict__.pop(name, None)
+        for name, added in self.added_hooks.items():
+            hooks = self.module.__dict__[name]
+            for key in [key for key, hook in hooks.items() if key in added or _is_of_torch(hook)]:
+                del hooks[key]
         # torch's own list of what was sharded would not let it be sharded again.
         getattr(_composable_state, "_module_state_mapping", {}).pop(self.module, None)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether torch's sharding made the hook, some of which it adds when a module first runs."""
+    function = hook
+    while hasattr(function, "func"):
+        function = function.func
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed")
 
 
 def _is_hooks(name: str, value: Any) -> bool:

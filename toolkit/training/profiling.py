@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from toolkit.errors import describe_os_error
 from toolkit.training.folders import write_atomic
 
 TABLE_ROWS = 40
@@ -178,10 +179,14 @@ class UpdateProfiler:
         profile = read_events(
             self._profiler.key_averages(), updates=updates, seconds=seconds, on_device=self.on_device
         )
-        write_atomic(self.folder / "profile.txt", profile.table())
-        with contextlib.suppress(OSError):  # hundreds of megabytes at worst: a full disk shall not end the run
-            self._profiler.export_chrome_trace(str(self.folder / "profile.json"))
-        self._profiler = None
+        torchs, self._profiler = self._profiler, None
+        try:
+            write_atomic(self.folder / "profile.txt", profile.table())
+        except OSError as error:  # no reason to end the run, or to end it with another error than its own
+            self.say(f"the profile could not be written: {describe_os_error(error)}")
+            return
+        with contextlib.suppress(OSError):  # hundreds of megabytes at worst
+            torchs.export_chrome_trace(str(self.folder / "profile.json"))
         largest = ", ".join(f"{cost.name[:NAME_WIDTH]} {100 * cost.share:.0f} %" for cost in profile.costs[:3])
         self.say(
             f"profile of {updates} updates ({profile.milliseconds:.1f} ms each): {largest}; table in "

@@ -85,7 +85,9 @@ def keep_record(folder: Path, plan: HparamsPlan, script: str | Path | None) -> N
     """Write the settings, a copy of the script, and the packages."""
     plan.save(folder)
     if script is not None and Path(script).exists():
-        shutil.copyfile(script, folder / Path(script).name)
+        copy = folder / Path(script).name
+        if not (copy.exists() and copy.samefile(script)):  # --output_folder . beside the script
+            shutil.copyfile(script, copy)
     write_atomic(folder / "env.log", describe_environment())
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from toolkit.data.loader import MicroBatch
-from toolkit.errors import AudioError, ConfigError, DivergenceError, ModelError, TrainingError
+from toolkit.errors import AudioError, ConfigError, DivergenceError, ModelError, TrainingError, WorkerError
 from toolkit.training.brain import Brain, Objective, RunContext, Stage
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.crash import not_finite
@@ -602,6 +602,17 @@ def test_an_error_before_the_first_update_saves_nothing(tmp_path):
     with pytest.raises(AudioError):
         make(checkpointer=Checkpointer(tmp_path)).fit(loader)
     assert saved_updates(tmp_path) == []
+
+
+def test_a_worker_that_dies_before_the_first_update_is_reported_with_its_place(tmp_path):
+    """A mistake of the user's (bad audio) is told by its sentence alone."""
+    for error, reported in ((WorkerError("a loader worker was killed"), True), (AudioError("too much"), False)):
+        folder = tmp_path / type(error).__name__
+        folder.mkdir()
+        loader = ClosableLoader([pairs(0, 4)], error=error, at=0)
+        with pytest.raises(type(error)):
+            make(checkpointer=Checkpointer(folder / "save"), folder=folder).fit(loader)
+        assert (folder / "crash_report.json").exists() == reported
 
 
 class Broken(Regression):

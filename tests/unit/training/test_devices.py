@@ -229,7 +229,7 @@ import torch
 from toolkit.training.devices import Device, device_kind
 device = Device(device_kind("hpu"), torch.device("hpu"))
 marks = []
-for mode in (None, "0", "1"):
+for mode in (None, "0", "1", "2"):
     os.environ.pop("PT_HPU_LAZY_MODE", None)
     if mode is not None:
         os.environ["PT_HPU_LAZY_MODE"] = mode
@@ -239,8 +239,8 @@ print(json.dumps(marks))
 """
 
 
-def test_steps_are_marked_in_gaudis_lazy_mode_only():
-    assert in_fresh_process(MARKED) == [0, 0, 1]
+def test_steps_are_marked_unless_gaudis_lazy_mode_is_off():
+    assert in_fresh_process(MARKED) == [1, 1, 2, 3]
 
 
 STAND_IN = """
@@ -270,7 +270,8 @@ with device.autocast("fp16"):
     inside = torch.is_autocast_enabled("npu")
 errors = []
 for act in (lambda: resolve_device("npu:7"), lambda: device.resolve_precision("bf16"),
-            lambda: resolve_device("npu", local_rank=2), lambda: resolve_device("npu:0", local_rank=1)):
+            lambda: resolve_device("npu", local_rank=2), lambda: resolve_device("npu:0", local_rank=1),
+            lambda: resolve_device("npu:1", several=True)):
     try:
         act()
     except DeviceError as error:
@@ -294,5 +295,6 @@ def test_an_npu_goes_through_the_same_table():
         "--device npu:2 does not exist: this machine has 2 (npu:0 to npu:1); start as many processes as there are "
         "devices.",
         "--device npu:0 names one device for several processes; write --device npu.",
+        "--device npu:1 names one device for several processes; write --device npu.",
     ]
     assert "auto means npu" in result["table"]

@@ -67,6 +67,28 @@ def test_a_start_that_fails_gives_the_folder_back(yaml_file, tmp_path):
         pass
 
 
+def test_the_scripts_own_folder_may_take_the_results(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("# mine\n")
+    (tmp_path / "small.yaml").write_text(YAML.format(folder=tmp_path))
+    with start([str(tmp_path / "small.yaml")], script=script):
+        assert script.read_text() == "# mine\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--compile_backend", "nonsense"], "'nonsense' is not known to torch here; name one of .*inductor"),
+        (["--compile_mode", "nonsense"], "'nonsense' is none of default, "),
+        (["--threads", "1000000000000"], "--threads must be 4096 or less"),
+        (["--distributed_timeout_minutes", "1e13"], "--distributed_timeout_minutes must be 525600 or less"),
+    ],
+)
+def test_values_that_torch_would_stumble_over_are_refused_at_once(yaml_file, words, told):
+    with pytest.raises(ConfigError, match=told):
+        start([str(yaml_file), "--compile", "True", *words])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_stop_where_nothing_is_trained_it_leaves_at_once_with_the_code_for_schedulers(
     yaml_file, number, capfd

@@ -111,6 +111,25 @@ def test_finish_gives_back_what_there_was_and_it_can_be_sharded_again():
         assert torch.equal(loss_of(modules), loss_of(expected))
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_what_a_recipe_adds_to_a_sharded_model_stays(runs):
+    """An attribute, and a hook that is called as often as without shards."""
+    modules, calls = model(), []
+    shards = Shards(modules, World(), resolve_device("cpu"))
+    shards.follow_frozen()
+    modules["model"].temperature = 2.0
+    modules["model"].register_forward_hook(lambda *_: calls.append(1))
+    if runs:
+        loss_of(modules).backward()
+    calls.clear()
+    shards.finish()
+    loss_of(modules)
+    assert modules["model"].temperature == 2.0 and calls == [1]
+    hooks = [hook for part in modules.modules() for hook in (*part._forward_hooks.values(),
+                                                             *part._forward_pre_hooks.values())]  # fmt: skip
+    assert not any("torch" in getattr(hook, "__module__", "") for hook in hooks)
+
+
 def test_tied_weights_stay_tied():
     torch.manual_seed(1)
     tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))

@@ -2,12 +2,13 @@
 
 import json
 import re
+import signal
 from types import SimpleNamespace
 
 import torch
 from torch.autograd import DeviceType
 
-from tests.faults.real_runs import PRETRAINING, pretraining_words, run_here
+from tests.faults.real_runs import PRETRAINING, Stop, pretraining_words, run_forked, run_here
 from toolkit.training.profiling import UpdateProfiler, profile_updates, read_events
 
 
@@ -23,6 +24,14 @@ def test_a_recipe_writes_table_and_trace_and_says_where(tmp_path):
     assert any(event.get("name") == "aten::addmm" or event.get("name") == "aten::mm" for event in trace["traceEvents"])
     said = ended.stderr + ended.stdout
     assert "profile of 2 updates (" in said and f"table in {tmp_path / 'run' / 'profile.txt'}" in said
+
+
+def test_a_stop_within_the_profiled_updates_ends_as_any_other(tmp_path):
+    """Left open, torch's profiler brings the process down as it ends."""
+    words = pretraining_words(tmp_path / "run", max_updates=9, profile="True")
+    (ended,) = run_forked(PRETRAINING, words, stop=Stop(2, 1, signal.SIGTERM))
+    assert ended.code == 75 and "told to stop: saved at update 3" in ended.stderr, ended.stderr[-2000:]
+    assert (tmp_path / "run" / "profile.txt").read_text().startswith("1 updates of ")
 
 
 def test_a_run_too_short_for_a_profile_says_so(tmp_path):
