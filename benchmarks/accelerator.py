@@ -4,12 +4,13 @@
     python benchmarks/accelerator.py --smoke          # tiny sizes of every case on the CPU: does the script run?
                                                       # without --output, into a temporary file
 
-Cases come in order of importance and are saved one by one, so that a machine that is taken away leaves what was
-measured. Each side of a case is a process of `step_variants.py`: one that fails (out of memory, an operation that is
-missing) is noted in its case, and the next case goes on. The audio is noise. A figure is the median over rounds; a
-round is some steps of ours, then as many of theirs, without a wait within. Peak memory is the allocator's. The use of
-the machine is our arithmetic (`SpeechSize.gflop`: products, forward and both backward directions) per second, over the
-rate of large products that the same process measured, and over the data sheet's where the card is known.
+Cases come in order of importance and are saved one by one from the first with figures of ours, so that a machine that
+is taken away leaves what was measured. Each side of a case is a process of `step_variants.py`: one that fails (out of
+memory, an operation that is missing) is noted in its case, and the next case goes on. The audio is noise. A figure is
+the median over rounds; a round is some steps of ours, then as many of theirs, without a wait within. Peak memory is
+the allocator's. The use of the machine is our arithmetic (`SpeechSize.gflop`: products, forward and both backward
+directions) per second, over the rate of large products that the same process measured, and over the data sheet's where
+the card is known.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from checks import check_device, check_numbers
 from step import Variant
 from step_models import WAV2VEC2_SIZES
+
+from toolkit.errors import ConfigError, TrainingError, run_main
 
 AIM = 6900.0
 """Audio seconds per second of BASE on an H200 that the project aims for."""
@@ -86,6 +90,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", help="only these: how names begin, else parts of names")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes of every case, on the CPU; no figures")
     options = parser.parse_args(argv)
+    check_numbers(options, minutes=0, rounds=1, steps=1, warmup=1)
+    for part in options.cases or ():
+        named(part)  # refused before a folder is made
     if options.smoke:
         options.device, options.rounds, options.steps, options.warmup = "cpu", 1, 1, 1
     if options.output is None:
@@ -95,9 +102,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def named(part: str) -> list[str]:
-    """The cases that ``part`` means: those whose names begin with it ("large": the model), else those that hold it."""
+    """The cases that ``part`` means: those whose names begin with it ("large": the model), else those that hold it.
+
+    Raises ConfigError where there are none.
+    """
     names = [case.name for case in CASES]
-    return [name for name in names if name.startswith(part)] or [name for name in names if part in name]
+    found = [name for name in names if name.startswith(part)] or [name for name in names if part in name]
+    if not found:
+        raise ConfigError(f"--cases {part!r} is in no case's name; the cases are: {'; '.join(names)}.")
+    return found
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
@@ -263,9 +276,19 @@ def line_of(result: dict[str, Any]) -> str:
     return words + (f"  {result['ratio']:.2f}x" if "ratio" in result else "")
 
 
+def is_measured(result: dict[str, Any]) -> bool:
+    """Whether a case has figures of our side; the peer's alone say nothing about the toolkit."""
+    return "audio_seconds_per_second" in result["ours"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the cases, saving after each."""
+    """Run the cases, saving after each; raises TrainingError where nothing was measured."""
     options = parse(argv)
+    cases = chosen_cases(options)
+    check_device(options.device)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.is_dir():
+        raise ConfigError(f"--output {options.output} is a folder; name a file.")
     deadline = Deadline(60 * options.minutes)
     document: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/accelerator.py", *(sys.argv[1:] if argv is None else argv)]),
@@ -277,18 +300,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cases": [],
         "not_run": [],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for case in chosen_cases(options):
+    for case in cases:
         if deadline.left <= 0:
             document["not_run"].append(case.name)
         else:
             document["cases"].append(run_case(case, options, deadline))
             print(line_of(document["cases"][-1]), flush=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        # Errors alone must not take the place of figures that a card was lent for.
+        if any(map(is_measured, document["cases"])):
+            options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if document["not_run"]:
         print(f"the time was over before: {', '.join(document['not_run'])}")
+    if not any(map(is_measured, document["cases"])):
+        why = "every case failed as said above; mend it" if document["cases"] else "there was no time; raise --minutes"
+        raise TrainingError(f"nothing was measured, so {options.output} is left as it was: {why} and run it again.")
     print(f"saved: {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

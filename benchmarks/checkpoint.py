@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import check_numbers
 from step_models import WAV2VEC2_SIZES, OurWav2Vec2
 
+from toolkit.errors import ConfigError, run_main
 from toolkit.training.checkpoint import Checkpointer
 from toolkit.training.devices import resolve_device
 
@@ -49,7 +51,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where to write (that disk is measured); a temporary one without")
     parser.add_argument("--note", default="", help="kept with the result: what else ran on the machine")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_numbers(options, batch=1, seconds=0.1, rounds=1, threads=1)
+    if options.folder is not None and not options.folder.is_dir():
+        raise ConfigError(f"--folder {options.folder} is no folder; name one that exists, on the disk to be measured.")
+    return options
 
 
 def clocked(function: Callable[[], Any]) -> float:
@@ -158,4 +164,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

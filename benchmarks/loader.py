@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from checks import check_numbers
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit.data.audio import audio_info
@@ -42,6 +43,7 @@ from toolkit.data.loader import PREFETCH, Loader
 from toolkit.data.manifest import Manifest, read_manifest, write_manifest
 from toolkit.data.sampler import BucketSampler
 from toolkit.data.shards import pack
+from toolkit.errors import ConfigError, WorkerError, run_main
 
 HERE = Path(__file__).resolve().parent
 RATE = 16000
@@ -61,7 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=281_241, help="rows of the large manifest; 0 leaves it out")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results")
     parser.add_argument("--measure", nargs=2, metavar=("WHICH", "MANIFEST"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_numbers(options, utterances=1, rounds=1, workers=0, batch_seconds=0.1, crop_seconds=0.1, rows=0)
+    return options
 
 
 # -------------------------------------------------------------------- the peer
@@ -268,7 +272,9 @@ def large(options: argparse.Namespace, folder: Path, manifests: dict[str, Manife
             result["manifest_mb"] = read_manifest(path).nbytes / 1e6
         words = ["--data_folder", options.data_folder, "--measure", which, str(path)]
         words += ["--batch_seconds", str(options.batch_seconds), "--crop_seconds", str(options.crop_seconds)]
-        done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise WorkerError(f"the process that measures {which} ended with {done.returncode}; its message is above.")
         result[which] = json.loads(done.stdout.splitlines()[-1])
         print(f"{options.rows:,} rows, {which}: {json.dumps(result[which])}", flush=True)
     return result
@@ -281,7 +287,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Manifest]:
     """Loose copies of the corpus's files, packed in both ways."""
     files = sorted(Path(options.data_folder).rglob("*.flac"))
     if not files:
-        raise SystemExit(f"error: there is no .flac file below {options.data_folder}; check --data_folder.")
+        raise ConfigError(f"there is no .flac file below {options.data_folder}; check --data_folder.")
     (folder / "loose").mkdir()
     rows = []
     for index, source in zip(range(options.utterances), itertools.cycle(files), strict=False):
@@ -331,4 +337,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -39,7 +39,12 @@ esac
 cards=$((10#$cards)) per_node=$((10#$per_node)) # 08 is 8: the shell itself would take it for octal
 [ "$cards" -ge 1 ] && [ "$per_node" -ge 1 ] || fail "CARDS is $cards and CARDS_PER_NODE $per_node; both start at 1."
 
-options=(--max-restarts "${RESTARTS:-3}")
+restarts=${RESTARTS:-3}
+case "$restarts" in
+    *[!0-9]*) fail "RESTARTS is '$restarts'; it must be a whole number, 0 for none." ;;
+esac
+
+options=(--max-restarts $((10#$restarts)))
 if [ "$cards" -le "$per_node" ]; then
     options+=(--standalone --nproc-per-node "$cards")
 else

@@ -78,7 +78,7 @@ def call(command: list[object], env: dict[str, str]) -> subprocess.CompletedProc
     ("variables", "expected"),
     [
         ({}, "--max-restarts 3 --standalone --nproc-per-node 1 train.py x.yaml --a=b c"),
-        ({"CARDS": "08", "RESTARTS": "0"}, "--max-restarts 0 --standalone --nproc-per-node 8 train.py x.yaml --a=b c"),
+        ({"CARDS": "08", "RESTARTS": "08"}, "--max-restarts 8 --standalone --nproc-per-node 8 train.py x.yaml --a=b c"),
         (
             {"CARDS": "16", "MASTER_ADDR": "node1"},
             "--max-restarts 3 --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
@@ -106,6 +106,8 @@ def test_torchrun_is_called_for_so_many_cards(variables, expected):
         (["train.py"], {"CARDS": "eight"}, "whole numbers"),
         (["train.py"], {"CARDS": "00"}, "both start at 1"),
         (["train.py"], {"CARDS": "09"}, "a multiple of the 8 of a node"),
+        (["train.py"], {"RESTARTS": "-1"}, "RESTARTS is '-1'; it must be a whole number"),
+        (["train.py"], {"RESTARTS": "x"}, "RESTARTS is 'x'; it must be a whole number"),
     ],
 )
 def test_what_makes_no_command_is_told(words, variables, said):
@@ -172,6 +174,12 @@ def test_a_signal_to_the_script_comes_to_the_worker(tmp_path, number):
     finally:
         kill(process)
     assert process.returncode == 75, stderr
+
+
+def test_outside_slurm_sbatch_is_named():
+    done = call([SLURM, "train.py", "x.yaml"], {"PATH": os.environ["PATH"]})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: this is no job of Slurm's: start it with sbatch scripts/slurm.sbatch train")
 
 
 def test_slurm_starts_the_ranks_of_a_run(programs, tmp_path):

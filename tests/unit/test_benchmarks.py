@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from toolkit.errors import ConfigError, run_main
 from toolkit.training.devices import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,9 +201,90 @@ def test_a_part_of_a_name_is_first_the_model(accelerator):
 
     assert names("large") == ["large bf16 compiled", "large bf16"]
     assert names("large batch", "fp16") == ["base bf16 compiled, large batch", "base fp16 with scale"]
-    assert len(names()) == len(accelerator.CASES) and names("none of them") == []
+    assert len(names()) == len(accelerator.CASES)
+    with pytest.raises(ConfigError, match=r"'none of them' is in no case's name; the cases are: base bf16; base"):
+        names("large", "none of them")
 
 
-def test_when_the_time_is_over_the_rest_is_named(tmp_path):
-    document = run_smoke(tmp_path / "out.json", "--minutes", "0")
-    assert document["cases"] == [] and len(document["not_run"]) == 11
+def refused(script: str, *arguments: str, **environment: str) -> tuple[str, str]:
+    """The sentence of a benchmark that ends with 2, without its "error: ", and what it said before."""
+    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last.removeprefix("error: "), done.stdout
+
+
+FIGURES = '{"cases": ["measured on a card"]}'
+
+
+def test_when_the_time_is_over_the_rest_is_named_and_kept_figures_stay(tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text(FIGURES)
+    said, shown = refused("accelerator.py", "--smoke", "--output", str(output), "--minutes", "0")
+    assert said.startswith(f"nothing was measured, so {output} is left as it was: there was no time; raise --minutes")
+    assert shown.startswith("the time was over before: base bf16, ") and output.read_text() == FIGURES
+
+
+def test_where_every_case_fails_nothing_is_saved(tmp_path):
+    """Also where the peer has figures: without ours they say nothing."""
+    # It stands before the system's own, and only the sides' processes need it.
+    (tmp_path / "resource.py").write_text(
+        "import sys\nif 'ours' in sys.argv: raise ImportError('none of that here')\n"
+        "from types import SimpleNamespace\nRUSAGE_SELF = 0\n"
+        "def getrusage(who): return SimpleNamespace(ru_utime=0.0, ru_stime=0.0, ru_maxrss=1)\n"
+    )
+    output, path = tmp_path / "out.json", os.pathsep.join([str(tmp_path), str(ROOT)])
+    output.write_text(FIGURES)
+    words = ["--smoke", "--output", str(output), "--cases", "base fp32"]
+    said, shown = refused("accelerator.py", *words, PYTHONPATH=path)
+    assert "is left as it was: every case failed as said above" in said
+    assert "ours failed: ImportError: none of that here  peer " in shown and "audio s/s" in shown
+    assert output.read_text() == FIGURES
+
+
+@pytest.mark.parametrize("device", ["nonsense", "hpu"])
+def test_a_device_that_is_not_there_ends_before_any_case(tmp_path, device):
+    said, shown = refused("accelerator.py", "--device", device, "--output", str(tmp_path / "out.json"))
+    assert device in said and shown == "" and not list(tmp_path.iterdir())
+
+
+CORPUS = ["--data_folder", str(ROOT / "tests" / "fixtures" / "librispeech_tiny" / "dev-clean")]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("accelerator", ["--smoke", "--cases", "nonsense"], "'nonsense' is in no case's name; the cases are: base"),
+        ("accelerator", ["--smoke", "--minutes", "0", "--rounds", "0"], "--rounds is 0, expected a number of at least"),
+        ("accelerator", ["--smoke", "--minutes", "0", "--warmup", "0"], "--warmup is 0, expected a number of at least"),
+        ("accelerator", ["--smoke", "--minutes", "nan"], "--minutes is nan, expected a number of at least 0."),
+        ("accelerator", ["--smoke", "--output", f"{__file__}/x/a.json"], "Not a directory"),
+        ("accelerator", ["--smoke", "--output", str(ROOT)], "is a folder; name a file."),
+        ("checkpoint", ["--rounds", "0"], "--rounds is 0, expected a number of at least 1"),
+        ("checkpoint", ["--batch", "0"], "--batch is 0, expected a number of at least 1."),
+        ("checkpoint", ["--threads", "-1"], "--threads is -1, expected a number of at least 1."),
+        ("checkpoint", ["--seconds", "0"], "--seconds is 0.0, expected a number of at least 0.1."),
+        ("checkpoint", ["--folder", "/nonexistent"], "--folder /nonexistent is no folder; name one that exists"),
+        ("loader", [*CORPUS, "--utterances", "0"], "--utterances is 0, expected a number of at least 1."),
+        ("loader", [*CORPUS, "--workers", "1", "-1"], "--workers is -1, expected a number of at least 0."),
+        ("loader", [*CORPUS, "--batch_seconds", "inf"], "--batch_seconds is inf, expected a number of at least 0.1."),
+        ("loader", ["--data_folder", "/nonexistent"], "there is no .flac file below /nonexistent; check"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(models, capsys, name, words, said):
+    script = importlib.import_module(name)
+    assert run_main(script.main, words) == 2
+    shown, error = capsys.readouterr()
+    assert shown == "" and error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [("checkpoint.py", ["--device", "hpu"]), ("loader.py", ["--data_folder", "/nonexistent"])],
+)
+def test_the_scripts_themselves_end_without_a_traceback(script, words):
+    said, shown = refused(script, *words)
+    assert words[1] in said and shown == ""

@@ -72,7 +72,7 @@ def finished_shards(
 
     Raises
     ------
-    ConfigError : the folder holds something else. ManifestError : the plan was another one.
+    ConfigError : the folder holds something else. ManifestError : the plan was another one, or the index is damaged.
     """
     earlier = read_progress(folder) or read_index(folder)
     if earlier is None:
@@ -146,32 +146,61 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
                 values.append(json.loads(line))
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    if not values or not isinstance(values[0], dict):
+    if not values or not isinstance(values[0], dict) or not isinstance(values[0].get("plan"), dict):
         return None
-    return _checked({**values[0], "shards": values[1:]})
+    return {"plan": values[0]["plan"], "shards": [record for record in values[1:] if _is_record(record)]}
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """What ``index.json`` says, None where there is none or it is damaged."""
+    """What ``index.json`` says, None where there is none.
+
+    Raises
+    ------
+    ManifestError : it is damaged; what is returned has the whole structure that :func:`finish` writes.
+    """
+    path = folder / INDEX_NAME
     try:
-        return _checked(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError):
+        index = None
+    wrong = _wrong_part(index)
+    if wrong is not None:
+        raise ManifestError(
+            f"{path} is damaged ({wrong}); copy it again, or pack the shards into a new folder."
+        )
+    return index
 
 
-def _checked(value: Any) -> dict[str, Any] | None:
-    """``value`` if it has the shape of an index; records of shards that have not are passed over."""
-    if not isinstance(value, dict) or not isinstance(value.get("plan"), dict) or not isinstance(value["shards"], list):
-        return None
-    return {**value, "shards": [record for record in value["shards"] if _is_record(record)]}
+def _wrong_part(index: Any) -> str | None:
+    """What of an index is not as it was written, None where all is."""
+    if not isinstance(index, dict):
+        return "it is no JSON object"
+    plan, manifest, shards = (index.get(key) for key in ("plan", "manifest", "shards"))
+    if not isinstance(plan, dict):
+        return "'plan' is missing or no object"
+    if not isinstance(manifest, dict) or manifest.get("name") != MANIFEST_NAME or not _is_digest(manifest):
+        return f"'manifest' does not give the name and the sha256 of {MANIFEST_NAME}"
+    if not isinstance(shards, list):
+        return "'shards' is missing or no list"
+    bad = next((place for place, record in enumerate(shards) if not _is_record(record)), None)
+    return None if bad is None else f"entry {bad} of 'shards' does not give name, bytes, sha256 and left_out of a shard"
 
 
 def _is_record(value: Any) -> bool:
-    if not isinstance(value, dict) or not re.fullmatch(r"shard-\d{6,9}\.tar", str(value.get("name"))):
+    """Whether it is what :meth:`Shard.record` makes."""
+    if not isinstance(value, dict) or not re.fullmatch(r"shard-[0-9]{6,9}\.tar", str(value.get("name"))):
         return False
     left_out = value.get("left_out")
-    pairs = isinstance(left_out, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in left_out)
-    return pairs and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)
+    pairs = isinstance(left_out, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in left_out
+    )
+    return pairs and isinstance(value.get("bytes"), int) and _is_digest(value)
+
+
+def _is_digest(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("sha256"), str)
 
 
 def file_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -43,7 +43,8 @@ from toolkit.data.shard_index import (
     shard_number,
 )
 from toolkit.data.shard_rows import SHARD_COLUMNS
-from toolkit.data.tar_format import BLOCK, LARGEST_ENTRY, padded, tar_header, walk
+from toolkit.data.table import shortened
+from toolkit.data.tar_format import BLOCK, LARGEST_ENTRY, LONGEST_NAME, padded, tar_header, walk
 from toolkit.errors import AudioError, ConfigError, ManifestError
 from toolkit.seeds import Randomness
 
@@ -57,6 +58,9 @@ ROW_BYTES = 2 * BLOCK
 
 LARGEST_ROW = 1 << 24
 """Bytes of an utterance's ``.json`` at most."""
+
+LONGEST_KEY = LONGEST_NAME - len(".") - 15
+"""Bytes of an utterance's name in a shard at most; what is left is for the suffix."""
 
 NAMED = 5
 """Bad utterances that the error message quotes in full."""
@@ -140,7 +144,8 @@ def pack(
     ------
     ConfigError : an option is out of range; the folder is a file or holds something else, or another process packs into
         it.
-    ManifestError : the manifest or its audio has changed since the folder was begun.
+    ManifestError : the manifest or its audio has changed since the folder was begun, its index is damaged, or an ID or
+        a row is too long for a shard.
     AudioError : more audio is bad than ``max_bad_share`` allows.
     OSError : the folder cannot be written, or the disk is full.
     """
@@ -149,6 +154,7 @@ def pack(
     taken = [name for name in SHARD_COLUMNS if name in manifest.columns]
     if taken:
         raise ManifestError(f"{manifest.source} has a column {taken[0]!r}, which shards need; give it another name.")
+    _check_ids(manifest)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,19 +172,21 @@ def pack(
         groups = _groups(manifest, sizes, options)
         done = {n: shard for n, shard in finished_shards(folder, plan, manifest, say).items() if n in groups}
         kept = len(done)
+        allowed = max_bad_share * len(manifest)
+        # What an earlier run left out counts too, also where nothing is left to do; before anything is written.
+        _check_share(_bad_of(done.values()), allowed, manifest)
         begin(folder, plan, done)
         todo = [number for number in groups if number not in done]
         tasks = (_task(manifest, folder, number, groups[number], options) for number in todo)
-        allowed = max_bad_share * len(manifest)
         with open(folder / PROGRESS_NAME, "a", encoding="utf-8") as progress:
             for shard in _packed(tasks, min(num_workers, len(todo))):
                 done[shard_number(shard.name)] = shard
                 progress.write(json.dumps(shard.record()) + "\n")
                 progress.flush()
-                _check_share([bad for other in done.values() for bad in other.left_out], allowed, manifest)
+                _check_share(_bad_of(done.values()), allowed, manifest)
         shards = [done[number] for number in sorted(done)]
         finish(folder, plan, manifest, shards)
-        for identity, reason in (bad for shard in shards for bad in shard.left_out):
+        for identity, reason in _bad_of(shards):
             say(f"left out: utterance {identity}: {reason}")
         return _report(folder, shards, kept)
 
@@ -194,7 +202,7 @@ def verify(folder: str | os.PathLike[str]) -> PackReport:
     folder = Path(folder)
     index = read_index(folder)
     if index is None:
-        raise ManifestError(f"{folder} has no {INDEX_NAME} that can be read; pack the shards again.")
+        raise ManifestError(f"{folder} has no {INDEX_NAME}; name a folder of shards, or pack them again.")
     names = [shard["name"] for shard in index["shards"]]
     problems = []
     for record in [index["manifest"], *index["shards"]]:
@@ -276,6 +284,19 @@ def _check_options(options: PackOptions, max_bad_share: float, num_workers: int)
         raise ConfigError(f"max_bad_share is {max_bad_share!r}, expected a share from 0 to 1 (0.01 = 1 %).")
     if num_workers < 1:
         raise ConfigError(f"workers is {num_workers}, expected at least 1.")
+
+
+def _check_ids(manifest: Manifest) -> None:
+    """Refuse IDs that make longer names than a tar's reader takes; packed, they could not be read again."""
+    # A byte becomes three at most, so that hardly an ID has to be encoded to know.
+    for row in np.flatnonzero(3 * np.diff(manifest.ids.offsets.astype(np.int64)) > LONGEST_KEY).tolist():
+        identity = manifest.ids[row]
+        length = len(entry_name(identity))
+        if length > LONGEST_KEY:
+            raise ManifestError(
+                f"{manifest.source}, row {row + 1}: the ID {shortened(identity)!r} needs {length:,} bytes as a name in "
+                f"a shard, which may have {LONGEST_KEY:,}; give the utterance a shorter ID."
+            )
 
 
 def _source_sizes(manifest: Manifest) -> np.ndarray:
@@ -382,7 +403,14 @@ def _write_shard(task: _Task) -> Shard:
             key = entry_name(str(row["ID"]))
             add(f"{key}.{suffix}", audio)
             places.append((number, place - padded(len(audio)), len(audio)))
-            add(f"{key}.json", json.dumps(row, ensure_ascii=False).encode("utf-8"))
+            values = json.dumps(row, ensure_ascii=False).encode("utf-8")
+            if len(values) > LARGEST_ROW:
+                identity = shortened(str(row["ID"]))
+                raise ManifestError(
+                    f"row {number + 1} of the manifest (utterance {identity}) has {len(values):,} bytes of text, more "
+                    f"than the {LARGEST_ROW:,} that a shard takes; leave columns out or cut the utterance."
+                )
+            add(f"{key}.json", values)
         write(bytes(2 * BLOCK))
     return Shard(task.name, place, digest.hexdigest(), tuple(left_out), tuple(places))
 
@@ -419,6 +447,10 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def _bad_of(shards: Iterable[Shard]) -> list[tuple[str, str]]:
+    return [bad for shard in shards for bad in shard.left_out]
+
+
 def _check_share(bad: Sequence[tuple[str, str]], allowed: float, manifest: Manifest) -> None:
     if len(bad) <= allowed + 1e-9:
         return
@@ -431,7 +463,7 @@ def _check_share(bad: Sequence[tuple[str, str]], allowed: float, manifest: Manif
 
 
 def _report(folder: Path, shards: Sequence[Shard], kept: int) -> PackReport:
-    left_out = tuple(bad for shard in shards for bad in shard.left_out)
+    left_out = tuple(_bad_of(shards))
     utterances = sum(len(shard.places) for shard in shards)
     return PackReport(
         folder / MANIFEST_NAME, utterances, len(shards), sum(shard.bytes for shard in shards), kept, left_out

@@ -20,6 +20,9 @@ BLOCK = 512
 LARGEST_PAX = 1 << 16
 """Bytes of a pax header at most: ours hold a long name and nothing else."""
 
+LONGEST_NAME = LARGEST_PAX - len("65536 path=\n")
+"""Bytes of an entry's name at most: such a header has to hold it."""
+
 LARGEST_ENTRY = (1 << 31) - 1
 """Bytes of an entry at most: hours of audio, and below what ustar headers and WAV can say."""
 

@@ -27,7 +27,8 @@ from toolkit.data.loader import Loader
 from toolkit.data.manifest import Manifest, read_manifest, write_manifest
 from toolkit.data.pcm import encode_wav
 from toolkit.data.sampler import BucketSampler
-from toolkit.data.shards import iterate, pack, verify
+from toolkit.data.shard_index import entry_name
+from toolkit.data.shards import LARGEST_ROW, LONGEST_KEY, iterate, pack, verify
 from toolkit.data.tar_format import tar_entries, tar_header
 from toolkit.errors import AudioError, ConfigError, ManifestError, run_main
 
@@ -284,6 +285,35 @@ def test_bad_audio_is_left_out_and_named_up_to_a_share(speech, odd_audio, tmp_pa
         pack(loose.select([2, 3]), tmp_path / "none", max_bad_share=1.0, say=said.append)
 
 
+def test_what_was_left_out_counts_where_nothing_is_left_to_pack(speech, odd_audio, tmp_path):
+    rows = [speech.row(0), {"ID": "bad", "duration": 3.0, "wav": str(odd_audio / "empty_file.wav"), "wrd": "X"}]
+    loose, folder = Manifest.from_rows(rows), tmp_path / "packed"
+    pack(loose, folder, max_bad_share=0.5, say=lambda sentence: None)
+    before = files_of(folder)
+    with pytest.raises(AudioError, match=r"1 of 2 utterances have bad audio so far, more than max_bad_share"):
+        pack(loose, folder, max_bad_share=0)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("letter", ["x", "."])  # a dot becomes three bytes of the name
+def test_an_id_that_no_reader_takes_is_refused_before_anything_is_written(speech, tmp_path, letter):
+    longest = letter * (LONGEST_KEY // len(entry_name(letter)))
+    pack(Manifest.from_rows([speech.row(0) | {"ID": longest}]), tmp_path / "packed")
+    assert verify(tmp_path / "packed").utterances == 1
+    assert [row["ID"] for row, _ in iterate(tmp_path / "packed" / "shard-000000.tar")] == [longest]
+    longer = Manifest.from_rows([speech.row(0), speech.row(1) | {"ID": longest + letter * 3}])
+    with pytest.raises(ManifestError, match=rf"^the rows, row 2: the ID .* may have {LONGEST_KEY:,}; give") as error:
+        pack(longer, tmp_path / "longer")
+    assert len(str(error.value)) < 300 and not (tmp_path / "longer").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_no_reader_takes_is_refused(speech, tmp_path, workers):
+    rows = [speech.row(0), speech.row(1) | {"ID": "long", "wrd": "W" * LARGEST_ROW}]
+    with pytest.raises(ManifestError, match=r"row 2 of the manifest \(utterance long\) has 16,777,\d+ bytes of text"):
+        pack(Manifest.from_rows(rows), tmp_path / "packed", shard_mb=0.1, num_workers=workers)
+
+
 def test_finished_shards_are_kept_and_damaged_ones_written_again(speech, packed, capsys):
     before, shards = files_of(packed), sorted(packed.glob("*.tar"))
     inodes = {path.name: path.stat().st_ino for path in shards}
@@ -366,9 +396,44 @@ def test_verify_names_what_is_wrong(speech, packed):
         verify(packed)
     pack(speech, packed, shard_mb=0.4)
     assert files_of(packed) == before
-    (packed / "index.json").write_text("{")
-    with pytest.raises(ManifestError, match=r"no index.json that can be read"):
+    (packed / "index.json").unlink()
+    with pytest.raises(ManifestError, match=r"packed has no index.json; name a folder of shards"):
         verify(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "it is no JSON object"),
+        ([], "it is no JSON object"),
+        ({"plan": 1}, "'plan' is missing"),
+        ({"shards": None}, "'shards' is missing or no list"),
+        ({"manifest": None}, "'manifest' does not give"),
+        ({"manifest": "x"}, "'manifest' does not give"),
+        ({"manifest": {"name": "../packed/manifest.csv", "sha256": ""}}, "'manifest' does not give"),
+        ({"manifest": {"name": "manifest.csv"}}, "'manifest' does not give"),
+        ({"shards": [{"name": "shard-000000.tar"}]}, "entry 0 of 'shards' does not give"),
+        ({"left_out": [[1, 2]]}, "entry 1 of 'shards' does not give"),
+        ({"name": "../shard-000001.tar"}, "entry 1 of 'shards' does not give"),
+        ({"bytes": "many"}, "entry 1 of 'shards' does not give"),
+    ],
+)
+def test_a_damaged_index_is_one_sentence_to_verify_and_to_pack(speech, packed, capsys, change, said):
+    path = packed / "index.json"
+    index = json.loads(path.read_text())
+    if change is None:
+        path.write_text("{")
+    elif isinstance(change, dict):
+        (index if change.keys() <= index.keys() else index["shards"][1]).update(change)
+        path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}))
+    else:
+        path.write_text(json.dumps(change))
+    before = files_of(packed)
+    assert run_main(main, ["shards", str(packed), "--verify"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} is damaged ({said}")
+    with pytest.raises(ManifestError, match=r"is damaged .* or pack the shards into a new folder"):
+        pack(speech, packed, shard_mb=0.4)
+    assert files_of(packed) == before
 
 
 # -------------------------------------------------------------------- rows that lie
