@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from checks import check_device, check_numbers
 from step_models import WAV2VEC2_SIZES, OurWav2Vec2
 
+from toolkit.errors import run_main
 from toolkit.pretraining import MaskedPretraining, pretrain
 from toolkit.training.devices import resolve_device
 
@@ -49,7 +51,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=WAV2VEC2_SIZES, default="base", help="sizes of the bare step")
     parser.add_argument("recipe", nargs="*", help="further arguments of the recipe, after --")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_numbers(options, batch=1, seconds=0.1, updates=1, warmup=0)
+    check_device(options.device)
+    return options
 
 
 def write_noise(folder: Path, count: int, seconds: float) -> Path:
@@ -142,4 +147,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -25,7 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from checks import check_device, check_numbers
 from step_variants import MODELS
+
+from toolkit.errors import run_main
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("peer", "tuned_peer")
@@ -94,6 +97,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.batch is None:
         options.batch = MODELS[options.model].batch
+    check_numbers(options, batch=1, seconds=0.1, length=1, rounds=1, warmup=0, threads=1)
+    check_device(options.device)
     return options
 
 
@@ -204,4 +209,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -272,6 +272,9 @@ CORPUS = ["--data_folder", str(ROOT / "tests" / "fixtures" / "librispeech_tiny" 
         ("loader", [*CORPUS, "--workers", "1", "-1"], "--workers is -1, expected a number of at least 0."),
         ("loader", [*CORPUS, "--batch_seconds", "inf"], "--batch_seconds is inf, expected a number of at least 0.1."),
         ("loader", ["--data_folder", "/nonexistent"], "there is no .flac file below /nonexistent; check"),
+        ("step", ["--rounds", "0"], "--rounds is 0, expected a number of at least 1."),
+        ("step", ["--device", "hpu"], "--device hpu: there is none here"),
+        ("loop", ["--updates", "0"], "--updates is 0, expected a number of at least 1."),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(models, capsys, name, words, said):

@@ -98,6 +98,10 @@ def finished_shards(
             say(f"{path} has changed since it was written, and is written again.")
             continue
         entries = [entry for entry in tar_entries(path) if not entry.name.endswith(".json")]
+        foreign = next((entry.name for entry in entries if entry.name.rpartition(".")[0] not in rows), None)
+        if foreign is not None:
+            say(f"{path} holds {foreign}, of which the manifest knows nothing, and is written again.")
+            continue
         places = tuple((rows[entry.name.rpartition(".")[0]], entry.offset, entry.size) for entry in entries)
         left_out = tuple((identity, reason) for identity, reason in record["left_out"])
         done[shard_number(path.name)] = Shard(path.name, record["bytes"], record["sha256"], left_out, places)

@@ -27,7 +27,7 @@ from toolkit.data.loader import Loader
 from toolkit.data.manifest import Manifest, read_manifest, write_manifest
 from toolkit.data.pcm import encode_wav
 from toolkit.data.sampler import BucketSampler
-from toolkit.data.shard_index import entry_name
+from toolkit.data.shard_index import entry_name, file_digest
 from toolkit.data.shards import LARGEST_ROW, LONGEST_KEY, iterate, pack, verify
 from toolkit.data.tar_format import tar_entries, tar_header
 from toolkit.errors import AudioError, ConfigError, ManifestError, run_main
@@ -433,6 +433,19 @@ def test_a_damaged_index_is_one_sentence_to_verify_and_to_pack(speech, packed, c
     assert capsys.readouterr().err.startswith(f"error: {path} is damaged ({said}")
     with pytest.raises(ManifestError, match=r"is damaged .* or pack the shards into a new folder"):
         pack(speech, packed, shard_mb=0.4)
+    assert files_of(packed) == before
+
+
+def test_a_shard_of_other_utterances_is_written_again(speech, packed, tmp_path, capsys):
+    rows = [speech.row(number) | {"ID": f"other{number}"} for number in range(3)]
+    pack(Manifest.from_rows(rows), tmp_path / "other", shard_mb=0.4)
+    before, index = files_of(packed), json.loads((packed / "index.json").read_text())
+    path = packed / "shard-000000.tar"
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    index["shards"][0].update(bytes=path.stat().st_size, sha256=file_digest(path))
+    (packed / "index.json").write_text(json.dumps(index))
+    pack(speech, packed, shard_mb=0.4)
+    assert f"{path} holds other0.flac, of which the manifest knows nothing" in capsys.readouterr().out
     assert files_of(packed) == before
 
 
