@@ -42,7 +42,7 @@ def test_the_code_is_that_of_the_ranks(tmp_path, words, code):
     assert ("FAILED" in stderr) == (code == 1), "torchrun's own report is shown where something failed"
 
 
-@pytest.mark.parametrize("word", ["abc", "0", "gpu"])
+@pytest.mark.parametrize("word", ["abc", "0"])
 def test_wrong_options_are_one_sentence(word):
     command = [sys.executable, "-m", "toolkit.launch", f"--nproc-per-node={word}", "train.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
