@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.distributed.matrix import KINDS, free_port, kill, start_rank
+from tests.faults.injections import children_of
+from tests.faults.real_runs import environment
+
+
+def test_on_one_node_the_launcher_names_the_first_process_too(tmp_path):
+    """It keeps the list itself there."""
+    kind, folder, log = KINDS["ctc"], tmp_path / "run", tmp_path / "log"
+    words = kind.words(folder, max_updates=10**6, distributed_timeout_minutes=0.25, valid_interval_updates=10**6,
+                       ckpt_interval_updates="null")  # fmt: skip
+    launcher = [sys.executable, "-m", "toolkit.launch", "--standalone", "--nproc-per-node=2"]
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen([*launcher, str(kind.script), *words], env=environment(), stdout=file, stderr=file)
+    ranks = []
+    try:
+        rows, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+        while not (rows.exists() and len(rows.read_text().splitlines()) >= 2):
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.01)
+        ranks = children_of(process.pid)[-2:]
+        os.kill(ranks[0], signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while "error: process 1 of 2 could not " not in log.read_text(encoding="utf-8"):
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        kill(process)
+    assert "process 0, whose last sign of life came from update " in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.text_dictionary import DICT_FILE, SPECIALS, TextDictionary
+from toolkit.data.text_dictionary import DICT_FILE, SPECIALS, DictionaryIds, TextDictionary
 from toolkit.data.token_common import id_message
 from toolkit.errors import TokenError
 
 
-class DictionaryTokenizer:
+class DictionaryTokenizer(DictionaryIds):
     """Text to the ids that a model was pretrained with, and back, where a ``dict.txt`` is all that is kept of them.
 
     Arguments
@@ -28,10 +28,9 @@ class DictionaryTokenizer:
     ([4, 3, 5], 'the game')
     """
 
-    blank_id = 0  # <s>, in whose place a CTC model on these tokens would have its blank
-
     def __init__(self, dictionary: TextDictionary, *, words: bool) -> None:
-        self.dictionary, self.words = dictionary, words
+        super().__init__(dictionary)
+        self.words = words
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], *, words: bool) -> DictionaryTokenizer:
@@ -42,16 +41,6 @@ class DictionaryTokenizer:
         TokenError : the file is missing or damaged.
         """
         return cls(TextDictionary.from_file(Path(folder) / DICT_FILE), words=words)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of the model, the mask's included."""
-        return self.dictionary.vocab_size
-
-    @property
-    def mask_id(self) -> int:
-        """Id of the mask symbol."""
-        return self.dictionary.mask_id
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.text_dictionary import DICT_FILE, MASK, SPECIALS, TextDictionary
+from toolkit.data.text_dictionary import DICT_FILE, MASK, SPECIALS, DictionaryIds, TextDictionary
 from toolkit.data.token_common import END, id_message, read_bytes, short, write_file
 from toolkit.errors import TokenError
 
@@ -85,7 +85,7 @@ class Gpt2Bpe:
         write_file(folder / MERGES_FILE, "".join(f"{line}\n" for line in lines).encode())
 
 
-class Gpt2Tokenizer:
+class Gpt2Tokenizer(DictionaryIds):
     """Text to the ids that a model was pretrained with, and back: GPT-2's pieces through a ``dict.txt``.
 
     Arguments
@@ -94,10 +94,9 @@ class Gpt2Tokenizer:
     dictionary : decimal numbers to ids.
     """
 
-    blank_id = 0  # <s>, in whose place a CTC model on these tokens would have its blank
-
     def __init__(self, bpe: Gpt2Bpe, dictionary: TextDictionary) -> None:
-        self.bpe, self.dictionary = bpe, dictionary
+        super().__init__(dictionary)
+        self.bpe = bpe
         self._ids = dictionary.lookup(str(number) for number in range(NUM_PIECES))
 
     @classmethod
@@ -109,16 +108,6 @@ class Gpt2Tokenizer:
         TokenError : a file is missing or damaged.
         """
         return cls(Gpt2Bpe.from_folder(folder), TextDictionary.from_file(Path(folder) / DICT_FILE))
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of the model, the mask's included."""
-        return self.dictionary.vocab_size
-
-    @property
-    def mask_id(self) -> int:
-        """Id of the mask symbol."""
-        return self.dictionary.mask_id
 
     @property
     def config(self) -> dict[str, Any]:

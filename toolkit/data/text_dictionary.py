@@ -181,6 +181,30 @@ class TextDictionary:
         return "".join(lines).encode()
 
 
+class DictionaryIds:
+    """What tokenizers have in common whose ids are those of a dictionary.
+
+    Arguments
+    ---------
+    dictionary : symbols to ids.
+    """
+
+    blank_id = 0  # <s>, in whose place a CTC model on these tokens would have its blank
+
+    def __init__(self, dictionary: TextDictionary) -> None:
+        self.dictionary = dictionary
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the model, the mask's included."""
+        return self.dictionary.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask symbol."""
+        return self.dictionary.mask_id
+
+
 def stored_type(vocab_size: int | None) -> np.dtype:
     """The integers in which fairseq-preprocess stores ids of a dictionary of this size (None: not known).
 

@@ -157,7 +157,7 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
         plugin="habana_frameworks.torch",
         versions=device_versions.hpu_versions,
         step_mark="habana_frameworks.torch.core:mark_step",
-        step_mark_unless="PT_HPU_LAZY_MODE=0",  # other values, and none in older releases, are lazy; else it is idle
+        step_mark_unless="PT_HPU_LAZY_MODE=0",  # lazy by other values, and in older releases without one
         static_shapes=True,
         host_operations=("ctc_loss",),
         environment=("PT_HPU_LAZY_MODE=0",),

@@ -239,6 +239,12 @@ print(json.dumps(marks))
 """
 
 
+def test_a_device_that_compiles_each_shape_is_told_of_in_the_log():
+    for name, compiles in (("hpu", True), ("mps", False)):
+        said = devices.prepare_process(Device(device_kind(name), torch.device(name)), RunOptions())
+        assert any(f"{name} compiles for each shape of a batch" in sentence for sentence in said) == compiles
+
+
 def test_steps_are_marked_unless_gaudis_lazy_mode_is_off():
     assert in_fresh_process(MARKED) == [1, 1, 2, 3]
 
